@@ -1,0 +1,40 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import corrupt
+import data_prep
+import train
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet() -> None:
+    train.quieten()
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer BERT with random weights, none of them at the value that corruption gives, and a real tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    model = BertModel(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(corrupt.find_model("minilm")[0]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both embedded sets, real but small."""
+    data_dir = tmp_path_factory.mktemp("prepared") / "data"
+    for name in data_prep.DEMO:
+        data_prep.prepare(name, train_size=96, test_size=50, data_dir=data_dir)
+    return data_dir
