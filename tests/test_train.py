@@ -1,0 +1,255 @@
+"""One run: what it leaves, that it repeats, that runs are paired, and what it refuses."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+from safetensors.torch import save
+from sklearn.metrics import f1_score
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import corrupt
+import data_prep
+import train
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture
+def flags(tiny_bert: Path, small_data: Path, tmp_path: Path) -> list[str]:
+    """A run of two epochs of three steps, in the test's own output folder."""
+    where = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--data_dir", str(small_data)]
+    what = ["--num_train_epochs", "2", "--learning_rate", "1e-3", "--disable_tqdm", "True"]
+    return [*where, *what, "--output_dir", str(tmp_path / "outputs")]
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    train.main()
+
+
+def file_names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# Just the three files, just the epochs asked for; the F1s are scikit-learn's over the predictions that were kept.
+def test_a_whole_run(flags: list[str], small_data: Path, tmp_path: Path) -> None:
+    run = train.plan([*flags, "--corrupt", "bottom", "--frac", "1/2"])
+    train.execute(run)
+    assert file_names(tmp_path / "outputs" / "runs") == [
+        f"{run.folder.name}/{name}" for name in ("epochs.csv", "predictions.csv.gz", "result.json")
+    ]
+    epochs = pd.read_csv(run.folder / "epochs.csv")
+    scores = ["accuracy", "weighted_f1", "weighted_f1_half_a", "weighted_f1_half_b"]
+    assert list(epochs) == ["epoch", "train_loss", "eval_loss", *scores]
+    assert epochs["epoch"].tolist() == [1, 2] and epochs.notna().all(axis=None)
+    result = json.loads((run.folder / "result.json").read_text())
+    best = epochs.loc[epochs["weighted_f1"].idxmax()]
+    assert (result["best_epoch"], result["weighted_f1"]) == (best["epoch"], best["weighted_f1"])
+
+    rows = pd.read_csv(run.folder / "predictions.csv.gz")
+    test = data_prep.load("bbc_news", small_data)["test"]
+    assert rows["row"].tolist() == list(range(50)) and rows["label"].tolist() == test["label"]
+    half_b = rows.groupby("label").cumcount() % 2 == 1
+    for name, part in (("", rows.index >= 0), ("_half_a", ~half_b), ("_half_b", half_b)):
+        f1 = f1_score(rows["label"][part], rows["prediction"][part], average="weighted", zero_division=0)
+        assert best[f"weighted_f1{name}"] == pytest.approx(f1, abs=1e-12)
+
+    assert result["corruption"]["layers"] == [1] and len(result["corruption"]["tensors"]) == 16
+    assert result["settings"]["data_fingerprint"] == data_prep.manifest("bbc_news", small_data)["fingerprint"]
+    assert (result["settings"]["weight_decay"], result["settings"]["max_length"]) == (0.0, 64)
+
+
+# The same command twice gives the same bytes; a third time the result is there; other settings have another place.
+def test_repeats_to_the_last_digit(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = train.plan(flags)
+    for folder in ("outputs", "again"):
+        run_main(monkeypatch, [*flags, "--output_dir", str(tmp_path / folder)])
+    first, second = (tmp_path / folder / "runs" / run.folder.name for folder in ("outputs", "again"))
+    for name in ("epochs.csv", "predictions.csv.gz"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    capsys.readouterr()
+    run_main(monkeypatch, [*flags, "--output_dir", str(tmp_path / "again")])
+    assert "was there already" in capsys.readouterr().out
+    for other in (["--seed", "1"], ["--weight_decay", "0.01"], ["--max_length", "32"], ["--kaiming_a", "1"]):
+        assert train.plan([*flags, *other]).folder != run.folder
+    assert train.plan([*flags, "--logging_steps", "3"]).folder == run.folder
+
+
+# A result counts only if it came from the settings asked for; a truncated one does not count.
+def test_results_of_other_settings_do_not_count(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    run = train.plan(flags)
+    train.execute(run)
+    assert train.result_of(run)
+    path = run.folder / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**result, "settings": {**result["settings"], "numbers": 0}}))
+    assert train.result_of(run) is None
+    assert "numbers 0 (now 1)" in capsys.readouterr().err
+    path.write_text(path.read_text()[:-100])
+    assert train.result_of(run) is None
+
+
+# At one seed the head and the batches are the same for every corruption; another seed moves both.
+def test_runs_are_paired(flags: list[str], small_data: Path) -> None:
+    data = data_prep.load("bbc_news", small_data)
+
+    def head_and_batches(*damage: str) -> tuple[torch.Tensor, list[list[int]]]:
+        trainer, _, _ = train.make_trainer(train.plan([*flags, *damage]), data)
+        batches = [batch["input_ids"][:, :12].tolist() for _ in range(2) for batch in trainer.get_train_dataloader()]
+        return trainer.model.classifier.weight.detach().clone(), batches
+
+    head, batches = head_and_batches()
+    assert batches[: len(batches) // 2] == batches[len(batches) // 2 :]  # a fresh loader begins the stream anew
+    for damage in (["--corrupt", "bottom", "--frac", "1/2"], ["--corrupt", "top", "--frac", "1"]):
+        other_head, other_batches = head_and_batches(*damage)
+        assert torch.equal(head, other_head) and batches == other_batches
+    other_head, other_batches = head_and_batches("--seed", "1")
+    assert not torch.equal(head, other_head) and batches != other_batches
+
+
+# The saved model, read back by the library and run on one text after the other, makes the predictions of the file.
+def test_predictions_belong_to_their_rows(flags: list[str], small_data: Path) -> None:
+    run = train.plan([*flags, "--model", "minilm", "--save_model"])
+    train.execute(run)
+    model = AutoModelForSequenceClassification.from_pretrained(run.folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
+    test = data_prep.load("bbc_news", small_data)["test"]
+    texts = [tokenizer(text, truncation=True, max_length=64, return_tensors="pt") for text in test["text"]]
+    with torch.no_grad():
+        expected = [model(**text).logits.argmax().item() for text in texts]
+    predictions = pd.read_csv(run.folder / "predictions.csv.gz")["prediction"]
+    assert predictions.nunique() > 2
+    assert predictions.tolist() == expected
+    assert model.config.id2label == dict(enumerate(test.features["label"].names))
+
+
+# Sentence pairs keep their segments: 0 up to the first [SEP], 1 after it; the longer one is truncated first.
+def test_pairs(tiny_bert: Path) -> None:
+    columns = {"sentence1": ["one two three", "a"], "sentence2": ["four", "b " * 20], "label": [0, 1]}
+    part = Dataset.from_dict(columns).cast_column("label", ClassLabel(names=["no", "yes"]))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    data, order = train.tokenised(DatasetDict(train=part, test=part), tokenizer, max_length=12)
+    assert data["train"]["token_type_ids"][0] == [0] * 5 + [1] * 2
+    assert data["train"]["token_type_ids"][1] == [0] * 3 + [1] * 9
+    assert data["train"]["length"][:] == [7, 12] and order.tolist() == [0, 1]
+
+
+# Five rows of class 0 and two of class 1: each half has its share of both.
+def test_halves_are_stratified() -> None:
+    assert train.halves(np.array([0, 0, 1, 0, 1, 0, 0])).tolist() == [0, 1, 0, 0, 1, 1, 0]
+
+
+def make_folder(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+NO_TENSORS = save({}).decode()  # a whole file, but empty
+ALBERT = '{"model_type": "albert"}'
+BERT = '{"model_type": "bert", "architectures": ["BertModel"]}'
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (["--model", "no-such/model"], "not on this machine and the hub cannot be reached"),
+        (["--model", "no/such/model"], "unknown model"),
+        (["--model", "EMPTY"], "no config.json"),
+        (["--model", "PICKLED"], "pickled weights are never loaded"),
+        (["--model", "BROKEN"], "no whole safetensors file"),
+        (["--model", "ALBERT"], "AlbertModel cannot be broken"),
+        (["--dataset", "sst3"], "sst3"),
+        (["--dataset", "sst2"], "hub"),
+        (["--frac", "0.3", "--corrupt", "bottom"], "choose from 0, 1/2, 1"),
+        (["--frac", "1.5", "--corrupt", "top"], "choose from 0, 1/2, 1"),
+        (["--frac", "0.5"], "needs --corrupt"),
+        (["--corrupt", "bottom"], "needs --frac"),
+        (["--corrupt", "middle", "--frac", "0.5"], "invalid choice"),
+        (["--no_such_flag", "1"], "unknown flag --no_such_flag"),
+        (["--learning_rat", "1"], "unknown flag --learning_rat"),
+        (["--eval_strategy", "steps"], "fixed to epoch"),
+        (["--max_length", "1024"], "not from 8 to 512"),
+        (["--output_dir", "/dev/null/outputs"], "cannot be written"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(
+    bad: list[str],
+    message: str,
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    folders = {
+        "EMPTY": lambda path: make_folder(path),
+        "PICKLED": lambda path: make_folder(path, config__json=BERT, pytorch_model__bin="x"),
+        "BROKEN": lambda path: make_folder(path, config__json=BERT, model__safetensors="x"),
+        "ALBERT": lambda path: make_folder(
+            path, config__json='{"model_type": "albert"}', model__safetensors=NO_TENSORS
+        ),
+    }
+    bad = [str(folders[word](tmp_path / word)) if word in folders else word for word in bad]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as exit_info:
+        run_main(monkeypatch, [*flags, *bad])
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message in error.splitlines()[-1] and "Traceback" not in error
+    assert not file_names(tmp_path / "outputs")
+
+
+# A learning rate that makes the loss overflow is a failed run with its reason, not an F1.
+def test_a_diverged_run_is_a_failure(flags: list[str]) -> None:
+    run = train.plan([*flags, "--learning_rate", "1e30"])
+    with pytest.raises(train.RunError, match="diverged"):
+        train.execute(run)
+    assert file_names(run.folder) == ["failure.json"]
+    assert "lower --learning_rate" in json.loads((run.folder / "failure.json").read_text())["reason"]
+
+
+# A hub that takes the connection and never answers: one line and exit code 2, well before the library would give up.
+def test_a_silent_hub(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "train.py", "--output_dir", str(tmp_path / "outputs")],
+            cwd=ROOT,
+            env={"PATH": "", "HOME": str(tmp_path), "HF_ENDPOINT": address},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "'bert-base-uncased' is not on this machine" in done.stderr and not (tmp_path / "outputs").exists()
+
+
+# Importing a step does not import what it does not use.
+@pytest.mark.parametrize(
+    ("script", "unused"),
+    [("corrupt", {"pandas", "datasets", "evaluate", "sklearn"}), ("aggregate", {"torch", "transformers", "datasets"})],
+)
+def test_light_imports(script: str, unused: set[str]) -> None:
+    code = f"import {script}, sys; print(*({unused!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_head_has_its_own_stream(tiny_bert: Path) -> None:
+    heads = []
+    for seed in (0, 0, 1):
+        torch.rand(7)
+        heads.append(corrupt.load_broken(tiny_bert, "none", None, seed)[0].classifier.weight)
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])

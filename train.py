@@ -1,0 +1,494 @@
+"""Fine-tune one encoder, broken or whole, on one data set with `transformers.Trainer`: one run of one cell.
+
+    python train.py --model bert-base-uncased --corrupt bottom --frac 0.5
+    python train.py --model minilm --corrupt top --frac 1/3 --dataset bbc_news --learning_rate 1e-4 --num_train_epochs 3
+
+Every flag of `TrainingArguments` works, but for those in FIXED: the paper's protocol, which tests after every epoch
+and keeps the best. The run's folder, outputs/runs/<run>, then holds `epochs.csv`, `predictions.csv.gz` (the test
+split, best epoch) and, written last, `result.json`. A run that is already there is not done again.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from hashlib import file_digest, sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's matrix products do not repeat
+
+import datasets
+import evaluate
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+import corrupt
+import data_prep
+
+NUMBERS = 1  # raise it when this code would give other numbers for the same settings: results are then made again
+METRIC = Path(__file__).parent / "metrics" / "weighted_f1"
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "numpy")
+
+# The paper's protocol; flags that say otherwise are refused.
+FIXED = {
+    "eval_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "save_strategy": "best",
+    "save_only_model": True,
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "weighted_f1",
+    "greater_is_better": True,
+    "do_train": False,
+    "do_predict": False,
+    "push_to_hub": False,
+    "resume_from_checkpoint": None,
+}
+# Where ours differ from the library's defaults; docs/decisions.md gives the reasons.
+DEFAULTS = {
+    "output_dir": "outputs",
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "seed": 0,
+    "train_sampling_strategy": "group_by_length",
+    "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+# TrainingArguments that cannot change a number, by the beginning of their names.
+NEUTRAL = (
+    *("output_dir", "do_", "log_", "logging_", "report_to", "run_name", "project", "trackio_", "disable_tqdm"),
+    *("save_", "load_best_", "push_", "hub_", "resume_", "enable_jit_", "dataloader_num_", "dataloader_pin_"),
+    *("dataloader_pers", "dataloader_pref", "dataloader_multi", "eval_accumulation_", "skip_memory_", "debug"),
+    *("include_", "torch_empty_", "local_rank", "ddp_", "greater_is_", "metric_for_", "eval_strategy"),
+)
+
+
+class RunError(ValueError):
+    """A run that cannot be started or did not end well; the message says what is wrong and what to do."""
+
+
+BAD_INPUT = (corrupt.ModelError, data_prep.DataError, RunError)  # what is told in one line, with exit code 2
+
+
+@dataclass
+class RunArguments:
+    """The cell: which model, how it is broken, and what it is fine-tuned on."""
+
+    model: str = field(default="bert-base-uncased", metadata={"help": "minilm, a local folder, or a hub id"})
+    corrupt: Literal["none", "bottom", "top"] = field(
+        default="none", metadata={"help": "re-initialise encoder layers, counted from this side"}
+    )
+    frac: Fraction | None = field(default=None, metadata={"help": "part of the encoder layers, such as 0.5 or 1/3"})
+    dataset: str = field(default="sst2", metadata={"help": f"of {', '.join(data_prep.DATASETS)}"})
+    max_length: int = field(default=64, metadata={"help": "tokens; longer inputs are truncated"})
+    kaiming_a: float = field(default=0.0, metadata={"help": "negative slope of Kaiming's leaky ReLU"})
+    data_dir: str = field(default="data", metadata={"help": "where data_prep.py put the prepared sets"})
+    save_model: bool = field(default=False, metadata={"help": "keep the best epoch's weights in the run's folder"})
+
+
+def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
+    """The arguments of one run. Ends the process with exit code 2 and one line if a flag is wrong."""
+    parser = HfArgumentParser(
+        (RunArguments, TrainingArguments),
+        prog="train.py",
+        description=__doc__.split("\n\n")[0],
+        usage="%(prog)s [flags]" if {"-h", "--help"} & set(flags) else "==SUPPRESS==",  # an error is one line
+        allow_abbrev=False,
+    )
+    parser.set_defaults(**FIXED, **DEFAULTS)
+    try:
+        args, training_args, unknown = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, ImportError) as error:  # from TrainingArguments' own checks
+        parser.error(corrupt.one_line(error))
+    if unknown:
+        parser.error(f"unknown flag {unknown[0]}: python train.py --help lists them all")
+    for name, value in FIXED.items():
+        if getattr(training_args, name) != value:
+            parser.error(f"--{name} is fixed to {value}: the paper tests after every epoch and keeps the best")
+    return args, training_args
+
+
+# ---- What a run is ----
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was checked but not started."""
+
+    flags: list[str]
+    args: RunArguments
+    training_args: TrainingArguments
+    model_folder: Path
+    model_revision: str | None
+    data: dict  # the manifest of the prepared set
+    settings: dict  # all that the numbers depend on
+    folder: Path
+
+
+def plan(flags: list[str]) -> Run:
+    """Check all that can be checked before a weight is loaded; prepares the data set if it is missing, and says so.
+
+    Raises ModelError, DataError or RunError. Nothing is written under the output folder.
+    """
+    args, training_args = parse(flags)
+    model_folder, revision = corrupt.find_model(args.model)
+    side, frac = corrupt.inspect(model_folder, args.corrupt, args.frac)
+    longest = getattr(corrupt.load_config(model_folder), "max_position_embeddings", args.max_length)
+    if not 8 <= args.max_length <= longest:
+        raise RunError(f"--max_length {args.max_length} is not from 8 to {longest}, what {args.model} can read")
+    if args.dataset in data_prep.DATASETS and not data_prep.is_prepared(args.dataset, args.data_dir):
+        print(f"{args.dataset} is not prepared in {args.data_dir}: preparing it", file=sys.stderr)
+        data_prep.prepare(args.dataset, data_dir=args.data_dir)
+    data = data_prep.manifest(args.dataset, args.data_dir)
+
+    settings = {
+        "numbers": NUMBERS,
+        "model": model_folder.resolve().name if Path(args.model).is_dir() else args.model,
+        "model_fingerprint": model_fingerprint(model_folder),
+        "side": side,
+        "frac": str(frac),
+        "percent": float(100 * frac),
+        "kaiming_a": args.kaiming_a,
+        "dataset": args.dataset,
+        "data_fingerprint": data["fingerprint"],
+        "pooling": "cls",
+        "tuning": "full",
+        "max_length": args.max_length,
+        **training_settings(training_args),
+    }
+    folder = Path(training_args.output_dir) / "runs" / run_name(settings)
+    return Run(flags, args, training_args, model_folder, revision, data, settings, folder)
+
+
+@lru_cache(maxsize=8)
+def model_fingerprint(folder: Path) -> str:
+    """sha256 over the configuration, the weights and the tokenizer."""
+    digest = sha256()
+    for pattern in ("config.json", "*.safetensors", "tokenizer.json", "vocab.*"):
+        for path in sorted(folder.glob(pattern)):
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def training_settings(training_args: TrainingArguments) -> dict:
+    """The TrainingArguments that the numbers depend on."""
+    return {name: value for name, value in training_args.to_dict().items() if not name.startswith(NEUTRAL)}
+
+
+@lru_cache(maxsize=1)
+def default_settings() -> dict:
+    args, training_args = parse([])
+    return {"max_length": args.max_length, "kaiming_a": args.kaiming_a, **training_settings(training_args)}
+
+
+def run_name(settings: dict) -> str:
+    """A folder name that holds every setting the numbers depend on, those at their default left out."""
+    s = settings
+    name = (
+        f"{s['model'].replace('/', '--')}@{s['model_fingerprint'][:8]}_{s['side']}-{s['percent']:g}"
+        f"_{s['dataset']}@{s['data_fingerprint'][:8]}_{s['pooling']}_{s['tuning']}"
+        f"_lr{s['learning_rate']:g}_epochs{s['num_train_epochs']:g}_seed{s['seed']}"
+    )
+    shown = {"learning_rate", "num_train_epochs", "seed"}
+    others = [f"{k}={s[k]}" for k, value in default_settings().items() if k not in shown and s[k] != value]
+    name = re.sub(r"[^\w@.,=+-]", "-", "_".join([name, *others])).lstrip(".")
+    return name if len(name) <= 200 else f"{name[:183]}_{sha256(name.encode()).hexdigest()[:16]}"
+
+
+def result_of(run: Run) -> dict | None:
+    """The result that is there, if it came from just these settings; says so if another is in its place."""
+    try:
+        result = json.loads((run.folder / "result.json").read_text())
+        stored = result["settings"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError):
+        print(f"{run.folder}/result.json cannot be read: running it again", file=sys.stderr)
+        return None
+    # a TrainingArgument that one version of the library has and another has not is no difference
+    changed = [name for name in stored.keys() & run.settings.keys() if stored[name] != run.settings[name]]
+    if changed:
+        was = ", ".join(f"{name} {stored[name]} (now {run.settings[name]})" for name in sorted(changed))
+        print(f"{run.folder} was made with {was}: running it again", file=sys.stderr)
+        return None
+    if run.args.save_model and not (run.folder / "model").is_dir():
+        print(f"{run.folder} has no saved model: running it again", file=sys.stderr)
+        return None
+    return result
+
+
+# ---- Training ----
+
+
+class PairedTrainer(Trainer):
+    """A Trainer whose data order has a random stream of its own, and whose predictions keep the order of the rows."""
+
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler:
+        sampler = super()._get_train_sampler(self.train_dataset)  # which, unlike the argument, still has the lengths
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler.generator = corrupt.stream(seed, "data order")
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> Sampler:
+        return SequentialSampler(eval_dataset)  # the library's own groups by length and so shuffles predictions
+
+
+class StopIfDiverged(TrainerCallback):
+    """Ends a run whose loss is no longer a number: its F1 would be that of a constant."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: object
+    ) -> None:
+        for name in {"loss", "eval_loss"} & logs.keys():
+            if not math.isfinite(logs[name]):
+                raise RunError(f"diverged: {name} is {logs[name]} in epoch {state.epoch:g}; lower --learning_rate")
+
+
+def tokenised(
+    data: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[datasets.DatasetDict, np.ndarray]:
+    """Token ids, and the row numbers of the test split, which is sorted by length so that its batches need no padding.
+
+    Pairs are truncated longest first and keep the tokenizer's segments.
+    """
+    columns = [name for name in data["train"].column_names if name != "label"]
+
+    def encode(rows: dict) -> dict:
+        tokens = tokenizer(*(rows[column] for column in columns), truncation="longest_first", max_length=max_length)
+        return {**tokens, "length": [len(ids) for ids in tokens["input_ids"]]}
+
+    data = data.map(encode, batched=True, remove_columns=columns, keep_in_memory=True, load_from_cache_file=False)
+    order = np.argsort(data["test"]["length"], kind="stable")
+    data["test"] = data["test"].select(order)
+    return data, order
+
+
+def halves(labels: np.ndarray) -> np.ndarray:
+    """0 or 1 for each row: two fixed halves of the test split, of the same class shares (odd ones go to half 0)."""
+    return pd.Series(labels).groupby(labels).cumcount().to_numpy() % 2
+
+
+def make_trainer(run: Run, data: datasets.DatasetDict) -> tuple[PairedTrainer, np.ndarray, dict]:
+    """The Trainer, the test split's row numbers in the order in which it predicts, and the corruption's manifest.
+
+    The manifest is filled when the model is loaded.
+    """
+    args = run.args
+    tokenizer = AutoTokenizer.from_pretrained(run.model_folder, trust_remote_code=False)
+    names = data["train"].features["label"].names
+    half = halves(np.array(data["test"]["label"]))
+    data, order = tokenised(data, tokenizer, args.max_length)
+    half = half[order]
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    corruption: dict = {}
+
+    def model_init() -> transformers.PreTrainedModel:
+        model, manifest = corrupt.load_broken(
+            run.model_folder,
+            args.corrupt,
+            args.frac,
+            run.training_args.seed,
+            args.kaiming_a,
+            id2label=dict(enumerate(names)),
+            label2id={name: label for label, name in enumerate(names)},
+        )
+        corruption.update(manifest)
+        return model
+
+    def compute_metrics(evaluated: transformers.EvalPrediction) -> dict[str, float]:
+        predicted, labels = evaluated.predictions.argmax(-1), evaluated.label_ids
+        scores = metric.compute(predictions=predicted, references=labels)
+        for name, part in (("half_a", half == 0), ("half_b", half == 1)):
+            part_scores = metric.compute(predictions=predicted[part], references=labels[part])
+            scores[f"weighted_f1_{name}"] = part_scores["weighted_f1"]
+        return scores
+
+    trainer = PairedTrainer(
+        model_init=model_init,
+        args=run.training_args,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        callbacks=[StopIfDiverged()],
+    )
+    return trainer, order, corruption
+
+
+def epoch_table(log: list[dict]) -> pd.DataFrame:
+    """A row for each epoch: train and test loss, accuracy, weighted F1, and the F1 on either half of the test split."""
+    train = pd.DataFrame([row for row in log if "loss" in row])[["epoch", "loss"]]
+    test = pd.DataFrame([row for row in log if "eval_loss" in row])
+    scores = ["eval_loss", *(f"eval_{name}" for name in ("accuracy", "weighted_f1"))]
+    scores += ["eval_weighted_f1_half_a", "eval_weighted_f1_half_b"]
+    table = train.merge(test[["epoch", *scores]], on="epoch", validate="one_to_one").convert_dtypes()
+    table = table.rename(columns={"loss": "train_loss"})
+    return table.rename(columns={name: name.removeprefix("eval_") for name in scores if name != "eval_loss"})
+
+
+def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
+    """Do the run and return its result, or leave `failure.json` with the reason and raise.
+
+    `callbacks` take the place of the Trainer's own printing.
+    """
+    checkpoints, started = run.folder / "checkpoints", time.perf_counter()
+    data = data_prep.load(run.args.dataset, run.args.data_dir)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("result.json", "failure.json"):
+            (run.folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{run.folder} cannot be written: {corrupt.one_line(error)}") from error
+    try:
+        shutil.rmtree(checkpoints, ignore_errors=True)  # those of a run that was killed
+        run.training_args.output_dir = str(checkpoints)
+        run.training_args._n_gpu = min(run.training_args.n_gpu, 1)  # DataParallel would change the batch
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % of the time and repeats nothing
+        trainer, order, corruption = make_trainer(run, data)
+        if callbacks:
+            trainer.remove_callback(PrinterCallback)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        loaded = time.perf_counter()
+        trainer.train()
+        trained = time.perf_counter()
+
+        epochs = epoch_table(trainer.state.log_history)
+        best = epochs.to_dict("records")[epochs["weighted_f1"].idxmax()]
+        predicted = trainer.predict(trainer.eval_dataset)
+        if predicted.metrics["test_weighted_f1"] != best["weighted_f1"]:
+            raise RunError(
+                f"the best epoch's weights give a weighted F1 of {predicted.metrics['test_weighted_f1']} when read "
+                f"back, not {best['weighted_f1']}: this machine does not compute the same twice"
+            )
+        predictions = pd.DataFrame({"label": predicted.label_ids, "prediction": predicted.predictions.argmax(-1)})
+        predictions = predictions.set_index(pd.Index(order, name="row")).sort_index()
+
+        if run.args.save_model:
+            trainer.save_model(str(run.folder / "model"))
+        with whole(run.folder / "epochs.csv") as path:
+            epochs.to_csv(path, index=False)
+        with whole(run.folder / "predictions.csv.gz") as path:
+            predictions.to_csv(path, compression={"method": "gzip", "mtime": 0})
+        result = {
+            "weighted_f1": best["weighted_f1"],
+            "accuracy": best["accuracy"],
+            "best_epoch": best["epoch"],
+            "epochs": len(epochs),
+            "command": shlex.join(["python", "train.py", *run.flags]),
+            "settings": run.settings,
+            "model": {
+                "name": run.args.model,
+                "revision": run.model_revision,
+                "architecture": type(trainer.model).__name__,
+                "parameters": trainer.model.num_parameters(),
+            },
+            "data": {"rows": run.data["rows"], "source": run.data["source"], "dropped": run.data["dropped"]},
+            "corruption": corruption,
+            "seconds": {
+                "load": loaded - started,
+                "train_and_evaluate": trained - loaded,
+                "total": time.perf_counter() - started,
+            },
+            "device": {
+                "type": run.training_args.device.type,
+                "name": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+                "threads": torch.get_num_threads(),
+            },
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "commit": git_commit(),
+        }
+        with whole(run.folder / "result.json") as path:
+            path.write_text(json.dumps(result, indent=1) + "\n")
+        return result
+    except Exception as error:
+        failure = {"reason": f"{type(error).__name__}: {error}", "settings": run.settings}
+        with whole(run.folder / "failure.json") as path:
+            path.write_text(json.dumps(failure, indent=1) + "\n")
+        raise
+    finally:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` at the end: the file appears whole or not at all."""
+    aside = path.with_name(f".partial-{path.name}")
+    yield aside
+    aside.replace(path)
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with `-dirty` if files of it were changed; None outside a git checkout."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, cwd=METRIC, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def quieten() -> None:
+    """Leave only errors and the Trainer's own lines: the loading report says what the manifest says."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def summary(run: Run, result: dict) -> str:
+    s = run.settings
+    where = "undamaged" if s["side"] == "none" else f"{s['percent']:g} % {s['side']}"
+    return (
+        f"{s['model']}, {where}, {s['dataset']}, learning rate {s['learning_rate']:g}, seed {s['seed']}: "
+        f"weighted F1 {100 * result['weighted_f1']:.2f} % (epoch {result['best_epoch']} of {result['epochs']})"
+    )
+
+
+def main() -> None:
+    quieten()
+    try:
+        run = plan(sys.argv[1:])
+        result = result_of(run)
+        done = "was there already" if result else "done"
+        result = result or execute(run)
+    except BAD_INPUT as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{summary(run, result)}\n{done}: {run.folder}")
+
+
+if __name__ == "__main__":
+    main()
