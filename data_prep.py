@@ -47,7 +47,7 @@ class Spec:
 
 
 DATASETS = {
-    "rotten_tomatoes": Spec(("negative", "positive"), train_size=1_000, test_size=500),
+    "rotten_tomatoes": Spec(("negative", "positive"), train_size=1_200, test_size=500),
     "bbc_news": Spec(("business", "entertainment", "politics", "sports", "tech"), train_size=160, test_size=150),
     "sst2": Spec(
         ("negative", "positive"),

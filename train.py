@@ -135,7 +135,7 @@ def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
         parser.error(f"unknown flag {unknown[0]}: python train.py --help lists them all")
     for name, value in FIXED.items():
         if getattr(training_args, name) != value:
-            parser.error(f"--{name} is fixed to {value}: the paper tests after every epoch and keeps the best")
+            parser.error(f"--{name} is fixed to {value}: every run is tested after each epoch and keeps the best")
     return args, training_args
 
 
@@ -167,7 +167,7 @@ def plan(flags: list[str]) -> Run:
     longest = getattr(corrupt.load_config(model_folder), "max_position_embeddings", args.max_length)
     if not 8 <= args.max_length <= longest:
         raise RunError(f"--max_length {args.max_length} is not from 8 to {longest}, what {args.model} can read")
-    if args.dataset in data_prep.DATASETS and not data_prep.is_prepared(args.dataset, args.data_dir):
+    if not data_prep.is_prepared(args.dataset, args.data_dir):
         print(f"{args.dataset} is not prepared in {args.data_dir}: preparing it", file=sys.stderr)
         data_prep.prepare(args.dataset, data_dir=args.data_dir)
     data = data_prep.manifest(args.dataset, args.data_dir)

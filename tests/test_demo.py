@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+import grid
+import train
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -19,25 +22,24 @@ def test_the_demo_line(tmp_path: Path) -> None:
     data, outputs = tmp_path / "my data", tmp_path / "my outputs"
     prepared = script("data_prep", "--train_size", 40, "--test_size", 20, "--data_dir", data)
     assert prepared.returncode == 0, prepared.stderr
-    grid = ["--data_dir", data, "--output_dir", outputs, "--max_steps", 1]
+    flags = ["--data_dir", data, "--output_dir", outputs, "--max_steps", 1]
 
-    listed = script("grid", *grid, "--dry_run")
+    listed = script("grid", *flags, "--preset", "demo", "--dry_run")
     assert listed.stdout.count("missing python train.py --model minilm") == 8 and not outputs.exists()
 
     # something stands where one run's folder should be: that run fails, the seven others are done
-    done = script("grid", *grid, "--preset", "demo", "--dry_run")
-    assert done.returncode == 0
-    name = one_run_name(data, outputs)
-    (outputs / "runs").mkdir(parents=True)
-    (outputs / "runs" / name).write_text("")
-    done = script("grid", *grid)
-    assert done.returncode == 1 and "1 of 8 runs failed" in done.stderr and name in done.stderr.splitlines()[-1]
+    blocked = train.plan([*grid.demo()[1], *map(str, flags)]).folder
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("")
+    done = script("grid", *flags)
+    assert done.returncode == 1 and "1 of 8 runs failed" in done.stderr
+    assert blocked.name in done.stderr.splitlines()[-1]
     results = {path: path.stat().st_mtime_ns for path in outputs.glob("runs/*/result.json")}
     assert len(results) == 7
 
     # the same command does what is missing, and only that
-    (outputs / "runs" / name).unlink()
-    done = script("grid", *grid)
+    blocked.unlink()
+    done = script("grid", *flags)
     assert done.returncode == 0 and "8 runs: 7 are there, 1 to do" in done.stdout, done.stderr
     assert all(path.stat().st_mtime_ns == time for path, time in results.items())
 
@@ -52,11 +54,3 @@ def test_the_demo_line(tmp_path: Path) -> None:
         side = "top" if result["settings"]["side"] == "top" else "bottom"
         label = {"bbc_news": "BBC News", "rotten_tomatoes": "Rotten Tomatoes"}[result["settings"]["dataset"]]
         assert cell[f"{label} {side}"].item() == round(100 * result["weighted_f1"], 2)
-
-
-def one_run_name(data: Path, outputs: Path) -> str:
-    import grid
-    import train
-
-    flags = grid.demo()[1]
-    return train.plan([*flags, "--data_dir", str(data), "--output_dir", str(outputs), "--max_steps", "1"]).folder.name

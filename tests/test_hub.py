@@ -1,0 +1,131 @@
+"""The code that loads from the hub, against a hub of our own on this machine, and against its absence."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote, urlsplit
+
+import pandas as pd
+import pytest
+from test_data_prep import phrase_bank
+
+ROOT = Path(__file__).parent.parent
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few answers of the hub's API that a download needs; `root/<models|datasets>/<id>/` holds the files."""
+
+    root: Path
+
+    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def repository(self, kind: str, rest: str) -> tuple[str, Path, str]:
+        """The id of the repository that a path begins with, its folder, and the rest of the path."""
+        for folder in (self.root / kind).glob("*/*"):
+            name = f"{folder.parent.name}/{folder.name}"
+            if rest == name or rest.startswith(f"{name}/"):
+                return name, folder, rest.removeprefix(name).strip("/")
+        return "", self.root, ""
+
+    def entry(self, folder: Path, path: Path) -> dict:
+        name = str(path.relative_to(folder))
+        if path.is_dir():
+            return {"type": "directory", "path": name, "oid": ""}
+        content = path.read_bytes()
+        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        path = unquote(url.path).strip("/")
+        kind = "datasets" if path.removeprefix("api/").startswith("datasets/") else "models"
+        name, folder, rest = self.repository(kind, path.removeprefix("api/").removeprefix(f"{kind}/"))
+        file = folder / rest.removeprefix(f"resolve/{REVISION}/")
+        if not name:
+            self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
+        elif rest.startswith("tree/"):
+            under = folder / rest.removeprefix(f"tree/{REVISION}").strip("/")
+            found = under.rglob("*") if "recursive=true" in url.query.lower() else under.glob("*")
+            self.answer_json([self.entry(folder, path) for path in found])
+        elif path.startswith("api/"):
+            self.answer_json({"id": name, "sha": REVISION, "siblings": [], "tags": []})
+        elif rest.startswith("resolve/") and file.is_file():
+            etag = f'"{self.entry(folder, file)["oid"]}"'
+            self.answer(file.read_bytes(), ETag=etag, X_Repo_Commit=REVISION)
+        else:
+            self.answer(b"", 404, X_Error_Code="EntryNotFound")
+
+    def answer_json(self, content: object) -> None:
+        self.answer(json.dumps(content).encode(), Content_Type="application/json")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_bert: Path) -> Iterator[ThreadingHTTPServer]:
+    """A hub with one model, and with SST-2 as the hub lays it out."""
+    root = tmp_path / "hub"
+    model, data = root / "models" / "org" / "tiny-bert", root / "datasets" / "stanfordnlp" / "sst2"
+    model.mkdir(parents=True)
+    (data / "data").mkdir(parents=True)
+    for path in tiny_bert.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    texts, labels = phrase_bank()
+    frame = pd.DataFrame({"idx": range(len(texts)), "sentence": texts, "label": [int(label) for label in labels]})
+    frame[20:].to_parquet(data / "data" / "train-00000-of-00001.parquet")
+    frame[:20].to_parquet(data / "data" / "validation-00000-of-00001.parquet")
+    (data / "README.md").write_text("---\nlicense: unknown\n---\n")
+    handler = type("OurHub", (Hub,), {"root": root})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_with_a_hub_and_then_without(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+    }
+    data_dir, outputs = tmp_path / "data", tmp_path / "outputs"
+
+    def script(name: str, *flags: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, f"{name}.py", *map(str, flags)]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+    prepared = script("data_prep", "--dataset", "sst2", "--train_size", 80, "--test_size", 40, "--data_dir", data_dir)
+    assert prepared.returncode == 0, prepared.stderr
+    manifest = json.loads((data_dir / "sst2" / "manifest.json").read_text())
+    assert manifest["source"] == {"hub": "stanfordnlp/sst2", "revision": REVISION}
+
+    command = ["--model", "org/tiny-bert", "--corrupt", "bottom", "--frac", "0.5", "--num_train_epochs", "1"]
+    command += ["--data_dir", data_dir, "--output_dir", outputs]
+    done = script("train", *command)
+    assert done.returncode == 0, done.stderr
+    (path,) = outputs.glob("runs/*/result.json")
+    assert path.parent.name.startswith("org--tiny-bert@")
+    assert json.loads(path.read_text())["model"]["revision"] == REVISION
+
+    unknown = script("train", *command, "--model", "org/no-such-model")
+    assert unknown.returncode == 2 and "unknown model 'org/no-such-model'" in unknown.stderr
+
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there
+    again = script("train", *command)
+    assert again.returncode == 0 and "was there already" in again.stdout
+    assert "org/tiny-bert is read from the cache" in again.stderr
