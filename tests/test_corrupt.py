@@ -119,10 +119,15 @@ def test_layers_of_other_architectures(config: object, layer_list: str) -> None:
     assert sum(row["kind"].startswith("LayerNorm") for row in rows) == 4
 
 
+ALBERT = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "embedding_size": 8}
+
+
+# The second ALBERT has a list of as many layers as it runs, but runs the whole list for each.
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        (AlbertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=32, embedding_size=8), "AlbertModel"),
+        (AlbertConfig(**ALBERT), "AlbertModel"),
+        (AlbertConfig(num_hidden_layers=2, inner_group_num=2, **ALBERT), "AlbertModel"),
         (T5Config(num_layers=2, d_model=16, d_ff=32, num_heads=2), "T5Model"),
         (GPT2Config(n_layer=2, n_embd=16, n_head=2), "GPT2Model"),
     ],
