@@ -256,12 +256,10 @@ def load_broken(
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
-    encoder = f"{model.base_model_prefix}."
-    new = sorted(info["missing_keys"])
-    if lost := [name for name in new if name.startswith(encoder) and "pooler" not in name] + list(
-        info["mismatched_keys"]
-    ):
-        raise ModelError(f"{folder} lacks {len(lost)} tensors of its encoder, such as {lost[0]}: save the model again")
+    new, encoder = sorted(info["missing_keys"]), f"{model.base_model_prefix}."
+    lost = [name for name in new if name.startswith(encoder) and "pooler" not in name]
+    if lost or info["mismatched_keys"]:
+        raise ModelError(f"{folder} lacks tensors of its encoder, such as {[*lost, *info['mismatched_keys']][0]}")
     side, frac, layers = damage(corrupt, frac, len(encoder_layers(model)))
     manifest = {
         "side": side,
