@@ -186,7 +186,5 @@ def test_lost_encoder_weights_are_an_error(tiny_bert: Path, tmp_path: Path) -> N
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((tiny_bert / "config.json").read_text())
-    with pytest.raises(
-        corrupt.ModelError, match="lacks tensors of its encoder, such as bert.encoder.layer.1.output.dense.weight"
-    ):
+    with pytest.raises(corrupt.ModelError, match=r"such as bert\.encoder\.layer\.1\.output\.dense\.weight"):
         corrupt.load_broken(tmp_path, "none", None, seed=0)

@@ -24,8 +24,8 @@ ROOT = Path(train.__file__).parent
 
 @pytest.fixture
 def flags(tiny_bert: Path, small_data: Path, tmp_path: Path) -> list[str]:
-    """A run of two epochs of three steps, in the test's own output folder."""
-    where = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--data_dir", str(small_data)]
+    """A run of two epochs of three steps on texts of many lengths, in the test's own output folder."""
+    where = ["--model", str(tiny_bert), "--dataset", "rotten_tomatoes", "--data_dir", str(small_data)]
     what = ["--num_train_epochs", "2", "--learning_rate", "1e-3", "--disable_tqdm", "True"]
     return [*where, *what, "--output_dir", str(tmp_path / "outputs")]
 
@@ -55,7 +55,7 @@ def test_a_whole_run(flags: list[str], small_data: Path, tmp_path: Path) -> None
     assert (result["best_epoch"], result["weighted_f1"]) == (best["epoch"], best["weighted_f1"])
 
     rows = pd.read_csv(run.folder / "predictions.csv.gz")
-    test = data_prep.load("bbc_news", small_data)["test"]
+    test = data_prep.load("rotten_tomatoes", small_data)["test"]
     assert rows["row"].tolist() == list(range(50)) and rows["label"].tolist() == test["label"]
     half_b = rows.groupby("label").cumcount() % 2 == 1
     for name, part in (("", rows.index >= 0), ("_half_a", ~half_b), ("_half_b", half_b)):
@@ -63,7 +63,7 @@ def test_a_whole_run(flags: list[str], small_data: Path, tmp_path: Path) -> None
         assert best[f"weighted_f1{name}"] == pytest.approx(f1, abs=1e-12)
 
     assert result["corruption"]["layers"] == [1] and len(result["corruption"]["tensors"]) == 16
-    assert result["settings"]["data_fingerprint"] == data_prep.manifest("bbc_news", small_data)["fingerprint"]
+    assert result["settings"]["data_fingerprint"] == data_prep.manifest("rotten_tomatoes", small_data)["fingerprint"]
     assert (result["settings"]["weight_decay"], result["settings"]["max_length"]) == (0.0, 64)
 
 
@@ -101,7 +101,7 @@ def test_results_of_other_settings_do_not_count(flags: list[str], capsys: pytest
 
 # At one seed the head and the batches are the same for every corruption; another seed moves both.
 def test_runs_are_paired(flags: list[str], small_data: Path) -> None:
-    data = data_prep.load("bbc_news", small_data)
+    data = data_prep.load("rotten_tomatoes", small_data)
 
     def head_and_batches(*damage: str) -> tuple[torch.Tensor, list[list[int]]]:
         trainer, _, _ = train.make_trainer(train.plan([*flags, *damage]), data)
@@ -123,12 +123,12 @@ def test_predictions_belong_to_their_rows(flags: list[str], small_data: Path) ->
     train.execute(run)
     model = AutoModelForSequenceClassification.from_pretrained(run.folder / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
-    test = data_prep.load("bbc_news", small_data)["test"]
+    test = data_prep.load("rotten_tomatoes", small_data)["test"]
     texts = [tokenizer(text, truncation=True, max_length=64, return_tensors="pt") for text in test["text"]]
     with torch.no_grad():
         expected = [model(**text).logits.argmax().item() for text in texts]
     predictions = pd.read_csv(run.folder / "predictions.csv.gz")["prediction"]
-    assert predictions.nunique() > 2
+    assert predictions.nunique() > 1
     assert predictions.tolist() == expected
     assert model.config.id2label == dict(enumerate(test.features["label"].names))
 
