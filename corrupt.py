@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 from fractions import Fraction
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def find_model(name: str) -> tuple[Path, str | None]:
     return folder, revision
 
 
+@lru_cache
 def fetch(name: str) -> Path:
     """The folder of a hub model in the local cache, at the hub's newest revision or, without a hub, the cached one."""
     problem = None

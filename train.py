@@ -8,6 +8,7 @@ and keeps the best. The run's folder, outputs/runs/<run>, then holds `epochs.csv
 split, best epoch) and, written last, `result.json`. A run that is already there is not done again.
 """
 
+import argparse
 import json
 import math
 import os
@@ -121,7 +122,7 @@ def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
         (RunArguments, TrainingArguments),
         prog="train.py",
         description=__doc__.split("\n\n")[0],
-        usage="%(prog)s [flags]" if {"-h", "--help"} & set(flags) else "==SUPPRESS==",  # an error is one line
+        usage=argparse.SUPPRESS,  # so that an error is one line
         allow_abbrev=False,
     )
     parser.set_defaults(**FIXED, **DEFAULTS)
@@ -133,6 +134,9 @@ def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
         parser.error(corrupt.one_line(error))
     if unknown:
         parser.error(f"unknown flag {unknown[0]}: python train.py --help lists them all")
+    for name in ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(training_args, name) <= 0:
+            parser.error(f"--{name} {getattr(training_args, name)} is not above 0")
     for name, value in FIXED.items():
         if getattr(training_args, name) != value:
             parser.error(f"--{name} is fixed to {value}: every run is tested after each epoch and keeps the best")
@@ -168,7 +172,7 @@ def plan(flags: list[str]) -> Run:
     if not 8 <= args.max_length <= longest:
         raise RunError(f"--max_length {args.max_length} is not from 8 to {longest}, what {args.model} can read")
     if not data_prep.is_prepared(args.dataset, args.data_dir):
-        print(f"{args.dataset} is not prepared in {args.data_dir}: preparing it", file=sys.stderr)
+        print(f"{args.dataset} is not in {args.data_dir} yet: preparing it as data_prep.py does")
         data_prep.prepare(args.dataset, data_dir=args.data_dir)
     data = data_prep.manifest(args.dataset, args.data_dir)
 
@@ -232,7 +236,7 @@ def result_of(run: Run) -> dict | None:
     try:
         result = json.loads((run.folder / "result.json").read_text())
         stored = result["settings"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError):
         print(f"{run.folder}/result.json cannot be read: running it again", file=sys.stderr)
