@@ -491,6 +491,9 @@ def main() -> None:
     except BAD_INPUT as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: nothing is kept of this run, the same command starts it again", file=sys.stderr)
+        sys.exit(130)
     print(f"{summary(run, result)}\n{done}: {run.folder}")
 
 
