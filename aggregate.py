@@ -29,7 +29,12 @@ class NoResults(ValueError):
 
 def read_runs(output_dir: Path) -> pd.DataFrame:
     """A row for each finished run, F1 and accuracy in percent, sorted so that the order of the folders is no matter."""
-    results = {path.parent.name: json.loads(path.read_text()) for path in output_dir.glob("runs/*/result.json")}
+    results = {}
+    for path in output_dir.glob("runs/*/result.json"):
+        try:
+            results[path.parent.name] = json.loads(path.read_text())
+        except ValueError as error:
+            raise NoResults(f"{path} cannot be read ({error}): delete it and do the run again") from error
     if not results:
         raise NoResults(f"{output_dir}/runs holds no result: run bash run_all.sh, or python train.py, first")
     settings = pd.DataFrame([result["settings"] for result in results.values()], index=list(results))

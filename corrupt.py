@@ -30,6 +30,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
@@ -114,8 +115,20 @@ def fetch(name: str) -> Path:
 def load_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each configuration class checks in its own way
         raise ModelError(f"{folder} holds no model that transformers knows: {one_line(error)}") from error
+
+
+@lru_cache
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ModelError if it has no vocabulary: it would then read every word as unknown."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each tokenizer class checks in its own way
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(f"{folder} has no tokenizer vocabulary: copy tokenizer.json there from where the model came")
+    return tokenizer
 
 
 # ---- Which layers ----
@@ -199,8 +212,8 @@ def inspect(folder: Path, corrupt: str, frac: Fraction | None) -> tuple[str, Fra
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        raise ModelError(f"{type(config).__name__} has no sequence classification head in transformers") from error
+    except Exception as error:  # each model class checks in its own way
+        raise ModelError(f"no {type(config).__name__} classifier can be made of {folder}: {one_line(error)}") from error
     layers = len(encoder_layers(model))
     side, frac, _ = damage(corrupt, frac, layers)
     recipe(model, range(layers))
@@ -254,6 +267,7 @@ def load_broken(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                problem_type="single_label_classification",
                 **config,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -262,6 +276,8 @@ def load_broken(
     lost = [name for name in new if name.startswith(encoder) and "pooler" not in name]
     if lost or info["mismatched_keys"]:
         raise ModelError(f"{folder} lacks tensors of its encoder, such as {[*lost, *info['mismatched_keys']][0]}")
+    if kept := {name for name, _ in model.named_parameters() if not name.startswith(encoder)} - set(new):
+        raise ModelError(f"{folder} has a head already ({min(kept)}): give the encoder alone, saved from base_model")
     side, frac, layers = damage(corrupt, frac, len(encoder_layers(model)))
     manifest = {
         "side": side,
@@ -296,12 +312,14 @@ def save_broken(model: str, corrupt: str, frac: Fraction, seed: int, kaiming_a: 
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         broken.base_model.save_pretrained(aside)
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(aside)
+        load_tokenizer(folder).save_pretrained(aside)
         manifest = {"model": model, "revision": revision, **manifest}
         (aside / "corruption.json").write_text(json.dumps(manifest, indent=2) + "\n")
         aside.rename(output_dir)
     except OSError as error:
         raise ModelError(f"{output_dir} cannot be written: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return manifest
 
 
@@ -318,7 +336,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--kaiming_a", type=float, default=0.0, help="negative slope of Kaiming's leaky ReLU")
     parser.add_argument("--output_dir", required=True, type=Path, help="a new folder")
-    args = parser.parse_args()
+    try:
+        args = parser.parse_args()
+    except ZeroDivisionError:
+        parser.error("--frac divides by zero: give a part of the layers, such as 0.5 or 1/3")
+    if not math.isfinite(args.kaiming_a):
+        parser.error(f"--kaiming_a {args.kaiming_a} is not finite")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -27,6 +27,7 @@ from filelock import FileLock
 from huggingface_hub import HfApi
 
 PREPARATION = 1  # raise it when the same source would give other rows: prepared sets are then made again
+MANIFEST = ("dataset", "fingerprint", "request", "source", "dropped", "rows", "rows_per_class")
 
 
 class DataError(ValueError):
@@ -133,14 +134,17 @@ def checked(frame: pd.DataFrame, spec: Spec) -> pd.DataFrame:
     wanted = [*(theirs for theirs, _ in spec.columns), "label"]
     if absent := [column for column in wanted if column not in frame]:
         raise DataError(f"column {absent[0]!r} is missing: the source has {', '.join(map(repr, frame.columns))}")
+    if frame.empty:
+        raise DataError("the source has no rows: mend the source")
     frame = frame[wanted].rename(columns=dict(spec.columns))
     last = len(spec.label_names) - 1
     faults = {"no label": frame["label"].isna(), f"a label outside 0 to {last}": ~frame["label"].isin(range(last + 1))}
     for _, column in spec.columns:
         faults[f"no {column}"] = frame[column].isna()
-        faults[f"an empty {column}"] = frame[column].astype("string").str.strip() == ""
+        faults[f"a {column} that is no text"] = ~frame[column].map(lambda cell: isinstance(cell, str))
+        faults[f"an empty {column}"] = frame[column].map(lambda cell: isinstance(cell, str) and not cell.strip())
     for fault, rows in faults.items():
-        if (rows := rows.fillna(False)).any():
+        if rows.any():
             raise DataError(f"{rows.sum()} rows have {fault} (the first is row {rows.argmax()}): mend the source")
     return frame.astype({"label": int})
 
@@ -263,6 +267,12 @@ def prepare(
     for flag, size in (("--train_size", train_size), ("--test_size", test_size)):
         if size is not None and size < 1:
             raise DataError(f"{flag} {size} is no number of rows: give at least one for each class")
+    if not 0 <= seed < 2**32:
+        raise DataError(f"--seed {seed} is not from 0 to {2**32 - 1}")
+    if (Path(data_dir) / name).exists() and not is_prepared(name, data_dir):
+        raise DataError(
+            f"{Path(data_dir) / name} was not made by data_prep.py: give another --data_dir or move it away"
+        )
     spec = DATASETS[name]
     request = {"preparation": PREPARATION, "train_size": train_size, "test_size": test_size, "seed": seed}
 
@@ -341,8 +351,9 @@ def is_prepared(name: str, data_dir: str | Path = "data") -> bool:
 def manifest(name: str, data_dir: str | Path = "data") -> dict:
     """What was prepared: source, counts, request and fingerprint. Raises DataError if nothing was."""
     try:
-        return json.loads((Path(data_dir) / name / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        made = json.loads((Path(data_dir) / name / "manifest.json").read_text())
+        return {key: made[key] for key in MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{name} is not prepared in {data_dir}: run python data_prep.py --dataset {name}") from error
 
 

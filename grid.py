@@ -64,17 +64,23 @@ def dry_run(flag_lists: list[list[str]]) -> None:
 
 def do_runs(flag_lists: list[list[str]]) -> list[str]:
     """Do the runs that are missing; returns a line for each that failed."""
-    runs, failures = [], []
+    runs, failures, planned = [], [], set()
     for flags in flag_lists:
         try:
             run = train.plan(flags)
-            if train.result_of(run) is None:
+            if run.folder not in planned and train.result_of(run) is None:
                 runs.append(run)
+            planned.add(run.folder)  # flags that go to every run can make two of them one
         except train.BAD_INPUT as error:
             failures.append(f"python train.py {shlex.join(flags)}: {error}")
             if len(failures) == len(flag_lists):
                 raise  # not one run can be started
-    print(f"{len(flag_lists)} runs: {len(flag_lists) - len(runs) - len(failures)} are there, {len(runs)} to do")
+    try:
+        for run in runs[:1]:
+            run.folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise train.RunError(f"{run.folder.parent} cannot be written: {train.corrupt.one_line(error)}") from error
+    print(f"{len(planned) + len(failures)} runs: {len(planned) - len(runs)} are there, {len(runs)} to do")
     with tqdm(total=sum(map(steps, runs)), unit="step", smoothing=0.02, disable=not runs) as bar:
         for number, run in enumerate(runs, 1):
             bar.set_description(f"run {number}/{len(runs)}")

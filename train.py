@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +40,6 @@ import torch
 import transformers
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
-    AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
     PreTrainedTokenizerBase,
@@ -68,6 +68,15 @@ FIXED = {
     "load_best_model_at_end": True,
     "metric_for_best_model": "weighted_f1",
     "greater_is_better": True,
+    "eval_delay": 0,
+    "eval_on_start": False,
+    "eval_do_concat_batches": True,
+    "batch_eval_metrics": False,
+    "prediction_loss_only": False,
+    "label_names": None,
+    "dataloader_drop_last": False,
+    "logging_first_step": False,
+    "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
     "do_train": False,
     "do_predict": False,
     "push_to_hub": False,
@@ -81,14 +90,15 @@ DEFAULTS = {
     "per_device_eval_batch_size": 64,
     "seed": 0,
     "train_sampling_strategy": "group_by_length",
-    "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+    "accelerator_config": {"use_seedable_sampler": False},  # it would take the place of our data order's stream
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
+POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # TrainingArguments that cannot change a number, by the beginning of their names.
 NEUTRAL = (
     *("output_dir", "do_", "log_", "logging_", "report_to", "run_name", "project", "trackio_", "disable_tqdm"),
     *("save_", "load_best_", "push_", "hub_", "resume_", "enable_jit_", "dataloader_num_", "dataloader_pin_"),
-    *("dataloader_pers", "dataloader_pref", "dataloader_multi", "eval_accumulation_", "skip_memory_", "debug"),
+    *("dataloader_pref", "dataloader_multi", "eval_accumulation_", "skip_memory_", "debug"),
     *("include_", "torch_empty_", "local_rank", "ddp_", "greater_is_", "metric_for_", "eval_strategy"),
 )
 
@@ -130,13 +140,21 @@ def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
         args, training_args, unknown = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, ImportError) as error:  # from TrainingArguments' own checks
+    except Exception as error:  # from TrainingArguments' own checks, which are of every kind
         parser.error(corrupt.one_line(error))
     if unknown:
         parser.error(f"unknown flag {unknown[0]}: python train.py --help lists them all")
-    for name in ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"):
-        if getattr(training_args, name) <= 0:
+    for name in ("num_train_epochs", *POSITIVE):
+        if not 0 < getattr(training_args, name) < math.inf:
             parser.error(f"--{name} {getattr(training_args, name)} is not above 0")
+    if not 0 <= training_args.learning_rate < math.inf:
+        parser.error(f"--learning_rate {training_args.learning_rate} is no learning rate: the paper's are 1e-5 to 5e-5")
+    if not 0 <= training_args.seed < 2**32:
+        parser.error(f"--seed {training_args.seed} is not from 0 to {2**32 - 1}")
+    if training_args.max_steps == 0:
+        parser.error("--max_steps 0 trains nothing: leave it out, or give a number above 0")
+    if not math.isfinite(args.kaiming_a):
+        parser.error(f"--kaiming_a {args.kaiming_a} is not finite")
     for name, value in FIXED.items():
         if getattr(training_args, name) != value:
             parser.error(f"--{name} is fixed to {value}: every run is tested after each epoch and keeps the best")
@@ -168,7 +186,8 @@ def plan(flags: list[str]) -> Run:
     args, training_args = parse(flags)
     model_folder, revision = corrupt.find_model(args.model)
     side, frac = corrupt.inspect(model_folder, args.corrupt, args.frac)
-    longest = getattr(corrupt.load_config(model_folder), "max_position_embeddings", args.max_length)
+    positions = getattr(corrupt.load_config(model_folder), "max_position_embeddings", args.max_length)
+    longest = min(positions, corrupt.load_tokenizer(model_folder).model_max_length)
     if not 8 <= args.max_length <= longest:
         raise RunError(f"--max_length {args.max_length} is not from 8 to {longest}, what {args.model} can read")
     if not data_prep.is_prepared(args.dataset, args.data_dir):
@@ -199,10 +218,9 @@ def plan(flags: list[str]) -> Run:
 def model_fingerprint(folder: Path) -> str:
     """sha256 over the configuration, the weights and the tokenizer."""
     digest = sha256()
-    for pattern in ("config.json", "*.safetensors", "tokenizer.json", "vocab.*"):
-        for path in sorted(folder.glob(pattern)):
-            with path.open("rb") as file:
-                digest.update(path.name.encode() + file_digest(file, "sha256").digest())
+    for path in sorted({path for pattern in corrupt.MODEL_FILES for path in folder.glob(pattern)}):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -235,16 +253,17 @@ def result_of(run: Run) -> dict | None:
     """The result that is there, if it came from just these settings; says so if another is in its place."""
     try:
         result = json.loads((run.folder / "result.json").read_text())
-        stored = result["settings"]
+        stored, _ = dict(result["settings"]), float(result["weighted_f1"])
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         print(f"{run.folder}/result.json cannot be read: running it again", file=sys.stderr)
         return None
     # a TrainingArgument that one version of the library has and another has not is no difference
-    changed = [name for name in stored.keys() & run.settings.keys() if stored[name] != run.settings[name]]
+    asked = {k: v for k, v in run.settings.items() if k in stored or k not in training_settings(run.training_args)}
+    changed = {name: stored.get(name) for name, value in asked.items() if stored.get(name) != value}
     if changed:
-        was = ", ".join(f"{name} {stored[name]} (now {run.settings[name]})" for name in sorted(changed))
+        was = ", ".join(f"{name} {value} (now {asked[name]})" for name, value in changed.items())
         print(f"{run.folder} was made with {was}: running it again", file=sys.stderr)
         return None
     if run.args.save_model and not (run.folder / "model").is_dir():
@@ -310,7 +329,7 @@ def make_trainer(run: Run, data: datasets.DatasetDict) -> tuple[PairedTrainer, n
     The manifest is filled when the model is loaded.
     """
     args = run.args
-    tokenizer = AutoTokenizer.from_pretrained(run.model_folder, trust_remote_code=False)
+    tokenizer = corrupt.load_tokenizer(run.model_folder)
     names = data["train"].features["label"].names
     half = halves(np.array(data["test"]["label"]))
     data, order = tokenised(data, tokenizer, args.max_length)
@@ -369,15 +388,18 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
     `callbacks` take the place of the Trainer's own printing.
     """
     checkpoints, started = run.folder / "checkpoints", time.perf_counter()
-    data = data_prep.load(run.args.dataset, run.args.data_dir)
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("result.json", "failure.json"):
+        for name in ("result.json", "failure.json", "epochs.csv", "predictions.csv.gz"):
             (run.folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"{run.folder} cannot be written: {corrupt.one_line(error)}") from error
     try:
-        shutil.rmtree(checkpoints, ignore_errors=True)  # those of a run that was killed
+        for left_over in (checkpoints, run.folder / "model"):  # of a run that was killed, or of other settings
+            shutil.rmtree(left_over, ignore_errors=True)
+        data = data_prep.load(run.args.dataset, run.args.data_dir)
+        if data_prep.fingerprint(data) != run.settings["data_fingerprint"]:
+            raise RunError(f"{run.args.dataset} was prepared anew after this run was planned: start it again")
         run.training_args.output_dir = str(checkpoints)
         run.training_args._n_gpu = min(run.training_args.n_gpu, 1)  # DataParallel would change the batch
         torch.use_deterministic_algorithms(True)
@@ -421,7 +443,7 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
                 "architecture": type(trainer.model).__name__,
                 "parameters": trainer.model.num_parameters(),
             },
-            "data": {"rows": run.data["rows"], "source": run.data["source"], "dropped": run.data["dropped"]},
+            "data": {name: run.data[name] for name in ("request", "source", "dropped", "rows")},
             "corruption": corruption,
             "seconds": {
                 "load": loaded - started,
@@ -441,6 +463,7 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
         return result
     except Exception as error:
         failure = {"reason": f"{type(error).__name__}: {error}", "settings": run.settings}
+        failure["traceback"] = traceback.format_exc().splitlines()
         with whole(run.folder / "failure.json") as path:
             path.write_text(json.dumps(failure, indent=1) + "\n")
         raise
@@ -481,13 +504,24 @@ def summary(run: Run, result: dict) -> str:
     )
 
 
+def finished(run: Run) -> dict:
+    """The result of doing the run; any failure becomes a RunError, with the traceback in `failure.json`."""
+    try:
+        return execute(run)
+    except BAD_INPUT:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {corrupt.one_line(error)}"
+        raise RunError(f"the run failed, {reason}; the traceback is in {run.folder}/failure.json") from error
+
+
 def main() -> None:
     quieten()
     try:
         run = plan(sys.argv[1:])
         result = result_of(run)
         done = "was there already" if result else "done"
-        result = result or execute(run)
+        result = result or finished(run)
     except BAD_INPUT as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)

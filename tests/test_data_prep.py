@@ -127,6 +127,8 @@ GOOD = ([f"text {i}" for i in range(60)], [i % 2 for i in range(60)])
         (GOOD[0], [-1, 7, *GOOD[1][2:]], "2 rows have a label outside 0 to 1"),
         ([None, *GOOD[0][1:]], GOOD[1], "no text"),
         (["  ", *GOOD[0][1:]], GOOD[1], "an empty text"),
+        ([b"bytes"] * 60, GOOD[1], "is no text"),
+        ([], [], "no rows"),
         (GOOD[0], [0] * 60, "no row of positive"),
         (GOOD[0][:4], GOOD[1][:4], "too few"),
     ],
@@ -136,6 +138,14 @@ def test_bad_sources(tmp_path: Path, texts: list, labels: list, message: str) ->
     with pytest.raises(data_prep.DataError, match=message):
         data_prep.prepare("sst2", str(source), train_size=20, test_size=10, data_dir=tmp_path / "data")
     assert not (tmp_path / "data").exists()
+
+
+# A folder that we did not make is never replaced, such as the source itself.
+def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
+    source = write_sst2(tmp_path / "source", *phrase_bank())
+    with pytest.raises(data_prep.DataError, match=r"was not made by data_prep\.py"):
+        data_prep.prepare("sst2", str(source), test_size=40, data_dir=source)
+    assert len(list((source / "sst2").iterdir())) == 2
 
 
 def test_bad_columns_and_sizes(tmp_path: Path) -> None:

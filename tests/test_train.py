@@ -1,6 +1,7 @@
 """One run: what it leaves, that it repeats, that runs are paired, and what it refuses."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -99,6 +100,36 @@ def test_results_of_other_settings_do_not_count(flags: list[str], capsys: pytest
     assert train.result_of(run) is None
 
 
+# Files of an earlier attempt never stand beside a newer result, and rows that changed since the plan are refused.
+def test_nothing_stale_is_kept(flags: list[str], small_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_data, tmp_path / "data")
+    flags = [*flags, "--data_dir", str(tmp_path / "data"), "--num_train_epochs", "1"]
+    train.execute(train.plan([*flags, "--save_model"]))
+    run = train.plan(flags)
+    train.execute(run)
+    assert not (run.folder / "model").exists()
+    data_prep.prepare("rotten_tomatoes", train_size=64, test_size=40, data_dir=tmp_path / "data")
+    with pytest.raises(train.RunError, match="prepared anew"):
+        train.execute(run)
+    assert file_names(run.folder) == ["failure.json"]
+
+
+# Another tokenizer configuration makes another run; a model with a head of its own is no place to begin.
+def test_the_model_is_what_it_was(flags: list[str], tiny_bert: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny-bert"
+    shutil.copytree(tiny_bert, copy)
+    here = train.plan([*flags, "--model", str(copy)]).folder
+    assert here == train.plan(flags).folder
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "truncation_side": "left"}))
+    train.model_fingerprint.cache_clear()
+    assert train.plan([*flags, "--model", str(copy)]).folder != here
+    model, _ = corrupt.load_broken(tiny_bert, "none", None, seed=0, num_labels=2)
+    model.save_pretrained(tmp_path / "fine-tuned")
+    with pytest.raises(corrupt.ModelError, match="has a head already"):
+        corrupt.load_broken(tmp_path / "fine-tuned", "none", None, seed=0, num_labels=2)
+
+
 # At one seed the head and the batches are the same for every corruption; another seed moves both.
 def test_runs_are_paired(flags: list[str], small_data: Path) -> None:
     data = data_prep.load("rotten_tomatoes", small_data)
@@ -115,6 +146,19 @@ def test_runs_are_paired(flags: list[str], small_data: Path) -> None:
         assert torch.equal(head, other_head) and batches == other_batches
     other_head, other_batches = head_and_batches("--seed", "1")
     assert not torch.equal(head, other_head) and batches != other_batches
+
+
+# The plain random order has our stream too: three epochs of two seeds have no epoch in common, as theirs would.
+def test_seeds_share_no_epoch(flags: list[str], small_data: Path) -> None:
+    data = data_prep.load("rotten_tomatoes", small_data)
+    epochs = []
+    for seed in ("0", "1"):
+        run = train.plan([*flags, "--train_sampling_strategy", "random", "--seed", seed])
+        loader = train.make_trainer(run, data)[0].get_train_dataloader()
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            epochs.append(str([batch["input_ids"][:, :8].tolist() for batch in loader]))
+    assert len(set(epochs)) == 6
 
 
 # The saved model, read back by the library and run on one text after the other, makes the predictions of the file.
@@ -170,17 +214,22 @@ BERT = '{"model_type": "bert", "architectures": ["BertModel"]}'
         (["--model", "PICKLED"], "pickled weights are never loaded"),
         (["--model", "BROKEN"], "no whole safetensors file"),
         (["--model", "ALBERT"], "AlbertModel cannot be broken"),
+        (["--model", "NO_TOKENIZER"], "no tokenizer vocabulary"),
         (["--dataset", "sst3"], "sst3"),
         (["--dataset", "sst2"], "hub"),
         (["--frac", "0.3", "--corrupt", "bottom"], "choose from 0, 1/2, 1"),
         (["--frac", "1.5", "--corrupt", "top"], "choose from 0, 1/2, 1"),
+        (["--frac", "1/0", "--corrupt", "top"], "Fraction(1, 0)"),
         (["--frac", "0.5"], "needs --corrupt"),
         (["--corrupt", "bottom"], "needs --frac"),
         (["--corrupt", "middle", "--frac", "0.5"], "invalid choice"),
         (["--no_such_flag", "1"], "unknown flag --no_such_flag"),
         (["--learning_rat", "1"], "unknown flag --learning_rat"),
         (["--eval_strategy", "steps"], "fixed to epoch"),
+        (["--eval_delay", "2"], "fixed to 0"),
         (["--num_train_epochs", "0"], "not above 0"),
+        (["--num_train_epochs", "nan"], "not above 0"),
+        (["--seed", "-1"], "not from 0"),
         (["--learning_rate", "fast"], "invalid float value"),
         (["--max_length", "1024"], "not from 8 to 512"),
         (["--output_dir", "/dev/null/outputs"], "cannot be written"),
@@ -204,6 +253,11 @@ def test_bad_input(
         ),
     }
     bad = [str(folders[word](tmp_path / word)) if word in folders else word for word in bad]
+    if "NO_TOKENIZER" in bad:
+        bare = make_folder(tmp_path / "bare")
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(Path(flags[1]) / name, bare)
+        bad = ["--model", str(bare)]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit) as exit_info:
         run_main(monkeypatch, [*flags, *bad])
