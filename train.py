@@ -398,7 +398,7 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
         for left_over in (checkpoints, run.folder / "model"):  # of a run that was killed, or of other settings
             shutil.rmtree(left_over, ignore_errors=True)
         data = data_prep.load(run.args.dataset, run.args.data_dir)
-        if data_prep.fingerprint(data) != run.settings["data_fingerprint"]:
+        if data_prep.manifest(run.args.dataset, run.args.data_dir)["fingerprint"] != run.settings["data_fingerprint"]:
             raise RunError(f"{run.args.dataset} was prepared anew after this run was planned: start it again")
         run.training_args.output_dir = str(checkpoints)
         run.training_args._n_gpu = min(run.training_args.n_gpu, 1)  # DataParallel would change the batch
