@@ -206,6 +206,7 @@ def recipe(model: PreTrainedModel, layers: range) -> list[tuple[str, int, str, s
     return steps
 
 
+@lru_cache
 def inspect(folder: Path, corrupt: str, frac: Fraction | None) -> tuple[str, Fraction]:
     """Check, without loading a weight, that the model can be broken so; returns the side and the part as `damage`."""
     config = load_config(folder)

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The whole line: set up, prepare the data, do the runs, rebuild the tables.
-#   bash run_all.sh [--preset demo] [any flag of train.py, for every run]
+# The whole line: set up, prepare the data, do the runs, rebuild the tables, draw Figure 1.
+#   bash run_all.sh [--preset demo|paper|...] [any flag of grid.py; any flag of train.py, for every run]
 here=$(dirname "${BASH_SOURCE[0]}")
 case " $* " in *" --output"[_-]"dir"* | *" --data"[_-]"dir"*)
   echo "run_all.sh: error: the folders are data/ and outputs/: for others run data_prep.py, grid.py, aggregate.py" >&2
   exit 2 ;;
 esac
 source "$here/setup.sh" requirements.txt
-python data_prep.py
 code=0
-python grid.py "$@" || code=$?
+python grid.py "$@" || code=$?  # which prepares the data sets that the preset needs, as data_prep.py does
 case " $* " in *" --dry_run "* | *" -h "* | *" --help "*) exit "$code" ;; esac
 case $code in
   0) python aggregate.py ;;
   1) python aggregate.py || true ;;  # some runs failed: the tables show what is there
 esac
+if [ "$code" -le 1 ] && compgen -G "outputs/runs/*/vectors.npy" >/dev/null; then python figure1.py; fi
 exit "$code"

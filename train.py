@@ -2,6 +2,7 @@
 
     python train.py --model bert-base-uncased --corrupt bottom --frac 0.5
     python train.py --model minilm --corrupt top --frac 1/3 --dataset bbc_news --learning_rate 1e-4 --num_train_epochs 3
+    python train.py --model distilbert-base-uncased --dataset ag_news --tuning probe
 
 Every flag of `TrainingArguments` works, but for those in FIXED: the paper's protocol, which tests after every epoch
 and keeps the best. The run's folder, outputs/runs/<run>, then holds `epochs.csv`, `predictions.csv.gz` (the test
@@ -9,6 +10,7 @@ split, best epoch) and, written last, `result.json`. A run that is already there
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -20,6 +22,8 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -40,17 +44,18 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     DataCollatorWithPadding,
     HfArgumentParser,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    default_data_collator,
 )
 
 import corrupt
 import data_prep
+import encode
 
 NUMBERS = 1  # raise it when this code would give other numbers for the same settings: results are then made again
 METRIC = Path(__file__).parent / "metrics" / "weighted_f1"
@@ -118,10 +123,19 @@ class RunArguments:
     )
     frac: Fraction | None = field(default=None, metadata={"help": "part of the encoder layers, such as 0.5 or 1/3"})
     dataset: str = field(default="sst2", metadata={"help": f"of {', '.join(data_prep.DATASETS)}"})
+    pooling: Literal["cls", "mean"] = field(
+        default="cls", metadata={"help": "what the head reads: [CLS], or the mean of the other tokens (Table 3)"}
+    )
+    tuning: Literal["full", "probe"] = field(
+        default="full", metadata={"help": "train all, or a linear probe: the head on a frozen encoder (Table 4)"}
+    )
     max_length: int = field(default=64, metadata={"help": "tokens; longer inputs are truncated"})
     kaiming_a: float = field(default=0.0, metadata={"help": "negative slope of Kaiming's leaky ReLU"})
     data_dir: str = field(default="data", metadata={"help": "where data_prep.py put the prepared sets"})
     save_model: bool = field(default=False, metadata={"help": "keep the best epoch's weights in the run's folder"})
+    save_vectors: bool = field(
+        default=False, metadata={"help": "keep what the head reads of each test row, best epoch (Figure 1)"}
+    )
 
 
 def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
@@ -151,6 +165,8 @@ def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
         parser.error(f"--seed {training_args.seed} is not from 0 to {2**32 - 1}")
     if training_args.max_steps == 0:
         parser.error("--max_steps 0 trains nothing: leave it out, or give a number above 0")
+    if args.tuning == "probe" and (args.save_model or args.save_vectors):
+        parser.error("--tuning probe leaves the encoder as it was: --save_model and --save_vectors need --tuning full")
     if not math.isfinite(args.kaiming_a):
         parser.error(f"--kaiming_a {args.kaiming_a} is not finite")
     for name, value in FIXED.items():
@@ -203,8 +219,8 @@ def plan(flags: list[str]) -> Run:
         "kaiming_a": args.kaiming_a,
         "dataset": args.dataset,
         "data_fingerprint": data["fingerprint"],
-        "pooling": "cls",
-        "tuning": "full",
+        "pooling": args.pooling,
+        "tuning": args.tuning,
         "max_length": args.max_length,
         **training_settings(training_args),
     }
@@ -264,9 +280,10 @@ def result_of(run: Run) -> dict | None:
         was = ", ".join(f"{name} {value} (now {asked[name]})" for name, value in changed.items())
         print(f"{run.folder} was made with {was}: running it again", file=sys.stderr)
         return None
-    if run.args.save_model and not (run.folder / "model").is_dir():
-        print(f"{run.folder} has no saved model: running it again", file=sys.stderr)
-        return None
+    for asked, name in ((run.args.save_model, "model"), (run.args.save_vectors, "vectors.npy")):
+        if asked and not (run.folder / name).exists():
+            print(f"{run.folder} has no {name}: running it again", file=sys.stderr)
+            return None
     return result
 
 
@@ -297,25 +314,6 @@ class StopIfDiverged(TrainerCallback):
                 raise RunError(f"diverged: {name} is {logs[name]} in epoch {state.epoch:g}; lower --learning_rate")
 
 
-def tokenised(
-    data: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[datasets.DatasetDict, np.ndarray]:
-    """Token ids, and the row numbers of the test split, which is sorted by length so that its batches need no padding.
-
-    Pairs are truncated longest first and keep the tokenizer's segments.
-    """
-    columns = [name for name in data["train"].column_names if name != "label"]
-
-    def encode(rows: dict) -> dict:
-        tokens = tokenizer(*(rows[column] for column in columns), truncation="longest_first", max_length=max_length)
-        return {**tokens, "length": [len(ids) for ids in tokens["input_ids"]]}
-
-    data = data.map(encode, batched=True, remove_columns=columns, keep_in_memory=True, load_from_cache_file=False)
-    order = np.argsort(data["test"]["length"], kind="stable")
-    data["test"] = data["test"].select(order)
-    return data, order
-
-
 def halves(labels: np.ndarray) -> np.ndarray:
     """0 or 1 for each row: two fixed halves of the test split, of the same class shares (odd ones go to half 0)."""
     return pd.Series(labels).groupby(labels).cumcount().to_numpy() % 2
@@ -330,7 +328,9 @@ def make_trainer(run: Run, data: datasets.DatasetDict) -> tuple[PairedTrainer, n
     tokenizer = corrupt.load_tokenizer(run.model_folder)
     names = data["train"].features["label"].names
     half = halves(np.array(data["test"]["label"]))
-    data, order = tokenised(data, tokenizer, args.max_length)
+    tokens = {name: run.settings[name] for name in ("data_fingerprint", "model_fingerprint", "max_length")}
+    folder = Path(args.data_dir) / args.dataset / f"tokens-{encode.key_of(tokens)}"
+    data, order = encode.tokenised(data, tokenizer, args.max_length, folder)
     half = half[order]
     metric = evaluate.load(str(METRIC), keep_in_memory=True)
     corruption: dict = {}
@@ -346,7 +346,25 @@ def make_trainer(run: Run, data: datasets.DatasetDict) -> tuple[PairedTrainer, n
             label2id={name: label for label, name in enumerate(names)},
         )
         corruption.update(manifest)
+        if args.pooling == "mean":
+            encode.pool_mean(model)
         return model
+
+    load, collator = model_init, DataCollatorWithPadding(tokenizer)
+    if args.tuning == "probe":
+        head = model_init()
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        autocast = next((dtype for name, dtype in precision.items() if getattr(run.training_args, name)), None)
+        data = encode.probe_features(
+            head,
+            data,
+            tokenizer,
+            Path(run.training_args.output_dir) / "features" / encode.key_of(encoder_settings(run)),
+            run.training_args.per_device_eval_batch_size,
+            run.training_args.device,
+            autocast,
+        )
+        load, collator = lambda: copy.deepcopy(head), default_data_collator
 
     def compute_metrics(evaluated: transformers.EvalPrediction) -> dict[str, float]:
         predicted, labels = evaluated.predictions.argmax(-1), evaluated.label_ids
@@ -357,9 +375,9 @@ def make_trainer(run: Run, data: datasets.DatasetDict) -> tuple[PairedTrainer, n
         return scores
 
     trainer = PairedTrainer(
-        model_init=model_init,
+        model_init=load,
         args=run.training_args,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collator,
         train_dataset=data["train"],
         eval_dataset=data["test"],
         processing_class=tokenizer,
@@ -367,6 +385,31 @@ def make_trainer(run: Run, data: datasets.DatasetDict) -> tuple[PairedTrainer, n
         callbacks=[StopIfDiverged()],
     )
     return trainer, order, corruption
+
+
+def encoder_settings(run: Run) -> dict:
+    """All that a frozen encoder's outputs depend on."""
+    names = ("numbers", "model_fingerprint", "side", "frac", "kaiming_a", "seed", "data_fingerprint", "pooling")
+    names += ("max_length", "per_device_eval_batch_size", "bf16", "fp16", "tf32")
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    return {name: run.settings[name] for name in names} | packages | {"device": device_of(run)}
+
+
+def device_of(run: Run) -> dict:
+    return {
+        "type": run.training_args.device.type,
+        "name": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextmanager
+def position_0(model: transformers.PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """A list that fills, batch by batch, with the encoder's output at position 0: what pooler and head read."""
+    seen: list[torch.Tensor] = []
+    hook = encode.encoder_of(model).register_forward_hook(lambda *call: seen.append(call[2][0][:, 0].float().cpu()))
+    yield seen
+    hook.remove()
 
 
 def epoch_table(log: list[dict]) -> pd.DataFrame:
@@ -388,7 +431,7 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
     checkpoints, started = run.folder / "checkpoints", time.perf_counter()
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("result.json", "failure.json", "epochs.csv", "predictions.csv.gz"):
+        for name in ("result.json", "failure.json", "epochs.csv", "predictions.csv.gz", "vectors.npy"):
             (run.folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"{run.folder} cannot be written: {corrupt.one_line(error)}") from error
@@ -398,11 +441,11 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
         data = data_prep.load(run.args.dataset, run.args.data_dir)
         if data_prep.manifest(run.args.dataset, run.args.data_dir)["fingerprint"] != run.settings["data_fingerprint"]:
             raise RunError(f"{run.args.dataset} was prepared anew after this run was planned: start it again")
-        run.training_args.output_dir = str(checkpoints)
         run.training_args._n_gpu = min(run.training_args.n_gpu, 1)  # DataParallel would change the batch
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % of the time and repeats nothing
         trainer, order, corruption = make_trainer(run, data)
+        run.training_args.output_dir = str(checkpoints)
         if callbacks:
             trainer.remove_callback(PrinterCallback)
         for callback in callbacks:
@@ -422,6 +465,11 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
         predictions = pd.DataFrame({"label": predicted.label_ids, "prediction": predicted.predictions.argmax(-1)})
         predictions = predictions.set_index(pd.Index(order, name="row")).sort_index()
 
+        if run.args.save_vectors:
+            with position_0(trainer.model) as seen:
+                trainer.predict(trainer.eval_dataset)
+            with data_prep.whole(run.folder / "vectors.npy") as path, path.open("wb") as file:
+                np.save(file, torch.cat(seen).numpy()[np.argsort(order)], allow_pickle=False)
         if run.args.save_model:
             trainer.save_model(str(run.folder / "model"))
         with data_prep.whole(run.folder / "epochs.csv") as path:
@@ -448,11 +496,7 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
                 "train_and_evaluate": trained - loaded,
                 "total": time.perf_counter() - started,
             },
-            "device": {
-                "type": run.training_args.device.type,
-                "name": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-                "threads": torch.get_num_threads(),
-            },
+            "device": device_of(run),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "commit": git_commit(),
         }
@@ -488,8 +532,10 @@ def quieten() -> None:
 def summary(run: Run, result: dict) -> str:
     s = run.settings
     where = "undamaged" if s["side"] == "none" else f"{s['percent']:g} % {s['side']}"
+    how = "" if s["pooling"] == "cls" else ", mean pooling"
+    how += "" if s["tuning"] == "full" else ", linear probe"
     return (
-        f"{s['model']}, {where}, {s['dataset']}, learning rate {s['learning_rate']:g}, seed {s['seed']}: "
+        f"{s['model']}, {where}, {s['dataset']}{how}, learning rate {s['learning_rate']:g}, seed {s['seed']}: "
         f"weighted F1 {100 * result['weighted_f1']:.2f} % (epoch {result['best_epoch']} of {result['epochs']})"
     )
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -42,6 +43,9 @@ def split_texts(data: datasets.DatasetDict) -> dict[str, list[tuple[str, int]]]:
     return {part: list(zip(rows["text"], rows["label"], strict=True)) for part, rows in data.items()}
 
 
+NOTHING_SHARED = {"shared_texts": 0, "shared_texts_kept": 0}
+
+
 # Of the package's 2,225 articles 2,125 are distinct; 96 and 50 rows keep each class's share to within one row.
 def test_embedded_splits(small_data: Path) -> None:
     data, made = data_prep.load("bbc_news", small_data), data_prep.manifest("bbc_news", small_data)
@@ -51,8 +55,8 @@ def test_embedded_splits(small_data: Path) -> None:
         name: {" ".join(path.read_text(errors="replace").split()) for path in root.glob(f"{name}/*")} for name in names
     }
     distinct = sum(map(len, source.values()))
-    assert (made["source"]["files"], distinct) == (2225, 2125)
-    assert made["dropped"] == {"duplicate_texts": 100, "labels_outvoted": 0}
+    assert distinct == 2125
+    assert made["dropped"] == {"duplicate_texts": 100, "labels_outvoted": 0, **NOTHING_SHARED}
     assert data["train"].features["label"].names == names
     parts = split_texts(data)
     for part, size in (("train", 96), ("test", 50)):
@@ -110,11 +114,97 @@ def test_order_of_the_source_does_not_matter(tmp_path: Path) -> None:
 # "b" is labelled 1 twice and 0 once; "c" once each, so the smaller label stays. White space makes no new text.
 def test_duplicates() -> None:
     frame = pd.DataFrame({"text": ["a", "b", "b ", " b", "c", "c", "d  e", "d e"], "label": [0, 1, 0, 1, 1, 0, 1, 1]})
-    kept, dropped = data_prep.without_duplicates(frame, ["text"])
-    assert dict(zip(kept["text"].map(data_prep.normalised), kept["label"], strict=True)) == dict(
-        a=0, b=1, c=0, **{"d e": 1}
-    )
+    kept, dropped = data_prep.without_duplicates(frame.assign(key=["a", "b", "b", "b", "c", "c", "d e", "d e"]))
+    assert dict(zip(kept["key"], kept["label"], strict=True)) == dict(a=0, b=1, c=0, **{"d e": 1})
     assert dropped == {"duplicate_texts": 4, "labels_outvoted": 2}
+
+
+# The paper's sizes, in thousands, and its two unbalanced sets, from its Table 2; the sources' published counts.
+def test_the_sizes_of_table_2() -> None:
+    paper = {"sst2": (56, 12), "imdb": (25, 5), "ag_news": (48, 6), "emotion": (14, 4), "dbpedia": (50, 12)}
+    classes = {"sst2": 2, "imdb": 2, "ag_news": 4, "emotion": 6, "dbpedia": 14, "tfnt": 20, "mrpc": 2, "rte": 2}
+    for name, sizes in (paper | {"tfnt": (17, 4)}).items():
+        spec = data_prep.DATASETS[name]
+        test = spec.test_size or sum(spec.test_from.values())
+        train = spec.train_size or sum(spec.train_from.values()) - (0 if spec.test_from else test)
+        assert (round(train / 1000), round(test / 1000)) == sizes
+    assert {name: len(data_prep.DATASETS[name].label_names) for name in classes} == classes
+
+
+def write_split(folder: Path, split: str, rows: list[tuple[object, ...]], columns: tuple[str, ...]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows, columns=columns).to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.fixture
+def small_emotion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Emotion's rules at a tenth of its size: six classes sorted by label, texts shared, duplicates, HTML and links."""
+    spec = data_prep.DATASETS["emotion"]
+    counts = {"train_from": {"train": 1_600}, "test_from": {"validation": 200, "test": 200}, "train_size": 1_400}
+    monkeypatch.setitem(data_prep.DATASETS, "emotion", replace(spec, **counts))
+    folder = tmp_path / "source" / "emotion"
+    rows = {split: [(f"{split} {i} &amp; https://t.co/{i}", i * 6 // n) for i, n in numbered(n)] for split, n in SIZES}
+    rows["train"][0] = rows["test"][0] = rows["test"][1]  # shared between train and test, and twice in test
+    rows["train"][7] = (rows["train"][8][0] + "  ", 0)  # a duplicate in train
+    for split, part in rows.items():
+        write_split(folder, split, part, ("text", "label"))
+    return folder
+
+
+SIZES = (("train", 1_600), ("validation", 200), ("test", 200))
+
+
+def numbered(n: int) -> list[tuple[int, int]]:
+    return [(i, n) for i in range(n)]
+
+
+# Validation and test whole, as published, duplicates too; 1,400 of train with none of their texts and no duplicates;
+# texts untouched; classes in the shares of the source, in mixed order.
+def test_published_splits(small_emotion: Path, tmp_path: Path) -> None:
+    made = data_prep.prepare("emotion", str(small_emotion.parent), data_dir=tmp_path / "data")
+    data = data_prep.load("emotion", tmp_path / "data")
+    parts = split_texts(data)
+    published = [pd.read_parquet(small_emotion / f"{split}.parquet") for split in ("validation", "test")]
+    assert sorted(parts["test"]) == sorted(pd.concat(published).itertuples(index=False, name=None))
+    train = [text for text, _ in parts["train"]]
+    assert len(set(train)) == len(train) == 1_400 and not set(train) & {text for text, _ in parts["test"]}
+    assert all("&amp; https://t.co/" in text for text in train)
+    assert made["dropped"] == dict(duplicate_texts=1, labels_outvoted=0, shared_texts=1, shared_texts_kept=0)
+    assert all(abs(count - 1_400 / 6) < 2 for count in made["rows_per_class"]["train"].values())
+    assert data["train"]["label"] != sorted(data["train"]["label"])
+    table = data_prep.table2(tmp_path / "data")
+    assert table[["dataset", "classes", "train", "test", "balanced"]].to_numpy().tolist() == [
+        ["emotion", 6, 1_400, 400, "yes"]
+    ]
+
+
+# A source of another size than the published is refused, saying by how much, unless the user gives sizes.
+def test_published_counts_are_checked(small_emotion: Path, tmp_path: Path) -> None:
+    rows = pd.read_parquet(small_emotion / "train.parquet")
+    rows[100:].to_parquet(small_emotion / "train.parquet")
+    source, data_dir = str(small_emotion.parent), tmp_path / "data"
+    with pytest.raises(data_prep.DataError, match="train has 1,500 rows and 1,600 are published, 100 too few"):
+        data_prep.prepare("emotion", source, data_dir=data_dir)
+    with pytest.raises(data_prep.DataError, match="published"):
+        data_prep.prepare("emotion", source, test_size=60, data_dir=data_dir)
+    assert data_prep.prepare("emotion", source, train_size=90, data_dir=data_dir)["rows"] == {"train": 90, "test": 400}
+    (small_emotion / "test.parquet").write_bytes((small_emotion / "test.parquet").read_bytes()[:500])
+    with pytest.raises(data_prep.DataError, match=r"test\.parquet cannot be read as parquet"):
+        data_prep.prepare("emotion", source, train_size=60, data_dir=data_dir)
+    assert data_prep.load("emotion", data_dir).num_rows == {"train": 90, "test": 400}
+
+
+# Pairs: both sentences make the row; a pair whose second sentence differs is another row.
+def test_sentence_pairs(tmp_path: Path) -> None:
+    rows = [(f"one {i % 30}", f"two {i}", i % 2) for i in range(60)]
+    for split, part in (("train", rows), ("validation", rows[:20])):
+        write_split(tmp_path / "source" / "rte", split, part, ("sentence1", "sentence2", "label"))
+    sizes = {"train_size": 40, "test_size": 20}
+    made = data_prep.prepare("rte", str(tmp_path / "source"), **sizes, data_dir=tmp_path / "data")
+    data = data_prep.load("rte", tmp_path / "data")
+    pairs = {part: set(zip(data[part]["sentence1"], data[part]["sentence2"], strict=True)) for part in data}
+    assert {part: len(found) for part, found in pairs.items()} == {"train": 40, "test": 20}
+    assert not pairs["train"] & pairs["test"] and made["dropped"]["shared_texts"] == 20
 
 
 GOOD = ([f"text {i}" for i in range(60)], [i % 2 for i in range(60)])

@@ -25,32 +25,42 @@ def test_the_demo_line(tmp_path: Path) -> None:
     flags = ["--data_dir", data, "--output_dir", outputs, "--max_steps", 1]
 
     listed = script("grid", *flags, "--preset", "demo", "--dry_run")
-    assert listed.stdout.count("missing python train.py --model minilm") == 8 and not outputs.exists()
+    assert listed.stdout.count("missing python train.py --model minilm") == 12 and not outputs.exists()
 
-    # something stands where one run's folder should be: that run fails, the seven others are done
-    blocked = train.plan([*grid.demo()[1], *map(str, flags)]).folder
+    # something stands where one run's folder should be: that run fails, the eleven others are done
+    blocked = train.plan([*grid.jobs(grid.PRESETS["demo"], {})[1], *map(str, flags)]).folder
     blocked.parent.mkdir(parents=True)
     blocked.write_text("")
     done = script("grid", *flags)
-    assert done.returncode == 1 and "1 of 8 runs failed" in done.stderr
+    assert done.returncode == 1 and "1 of 12 runs failed" in done.stderr
     assert blocked.name in done.stderr.splitlines()[-1]
     results = {path: path.stat().st_mtime_ns for path in outputs.glob("runs/*/result.json")}
-    assert len(results) == 7
+    assert len(results) == 11
 
     # the same command does what is missing, and only that
     blocked.unlink()
     done = script("grid", *flags)
-    assert done.returncode == 0 and "8 runs: 7 are there, 1 to do" in done.stdout, done.stderr
+    assert done.returncode == 0 and "12 runs: 11 are there, 1 to do" in done.stdout, done.stderr
     assert all(path.stat().st_mtime_ns == time for path, time in results.items())
 
     tables = script("aggregate", "--output_dir", outputs)
-    assert tables.returncode == 0 and "8 cells from 8 runs, 0 cells missing" in tables.stdout
-    table = pd.read_csv(outputs / "table1.csv")
-    assert table["corruption"].tolist() == ["0%", "50% (1-3)", "100% (1-6)"]
-    assert table.shape == (3, 6) and table.notna().all(axis=None)
+    assert tables.returncode == 0 and "12 cells from 12 runs, 0 cells missing" in tables.stdout, tables.stderr
+    by_tuning = {tuning: pd.read_csv(outputs / f"table{number}.csv") for tuning, number in (("full", 1), ("probe", 4))}
+    for tuning, columns in (("full", 6), ("probe", 4)):
+        assert by_tuning[tuning]["corruption"].tolist() == ["0%", "50% (1-3)", "100% (1-6)"]
+        assert by_tuning[tuning].shape == (3, columns) and by_tuning[tuning].notna().all(axis=None)
     for path in outputs.glob("runs/*/result.json"):
         result = json.loads(path.read_text())
+        table = by_tuning[result["settings"]["tuning"]]
         cell = table.loc[table["corruption"].str.startswith(f"{result['settings']['percent']:g}%")]
         side = "top" if result["settings"]["side"] == "top" else "bottom"
         label = {"bbc_news": "BBC News", "rotten_tomatoes": "Rotten Tomatoes"}[result["settings"]["dataset"]]
         assert cell[f"{label} {side}"].item() == round(100 * result["weighted_f1"], 2)
+
+    # the features are gone with the grid; Figure 1 has a point for each test row in each of its four panels
+    assert not (outputs / "features").exists()
+    drawn = script("figure1", "--output_dir", outputs)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (outputs / "figure1_minilm_bbc_news.png").stat().st_size > 10_000
+    assert len(pd.read_csv(outputs / "figure1_minilm_bbc_news.csv")) == 4 * 20
+    assert pd.read_csv(outputs / "table2.csv")["train"].tolist() == [40, 40]

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict
 from safetensors.torch import save
 from sklearn.metrics import f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -175,17 +174,6 @@ def test_predictions_belong_to_their_rows(flags: list[str], small_data: Path) ->
     assert predictions.nunique() > 1
     assert predictions.tolist() == expected
     assert model.config.id2label == dict(enumerate(test.features["label"].names))
-
-
-# Sentence pairs keep their segments: 0 up to the first [SEP], 1 after it; the longer one is truncated first.
-def test_pairs(tiny_bert: Path) -> None:
-    columns = {"sentence1": ["one two three", "a"], "sentence2": ["four", "b " * 20], "label": [0, 1]}
-    part = Dataset.from_dict(columns).cast_column("label", ClassLabel(names=["no", "yes"]))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    data, order = train.tokenised(DatasetDict(train=part, test=part), tokenizer, max_length=12)
-    assert data["train"]["token_type_ids"][0] == [0] * 5 + [1] * 2
-    assert data["train"]["token_type_ids"][1] == [0] * 3 + [1] * 9
-    assert data["train"]["length"][:] == [7, 12] and order.tolist() == [0, 1]
 
 
 # Five rows of class 0 and two of class 1: each half has its share of both.

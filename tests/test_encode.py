@@ -1,0 +1,192 @@
+"""Tokens, mean pooling and the probe's features, against direct computations with the library's own parts."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+)
+
+import corrupt
+import data_prep
+import encode
+import train
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+ARCHITECTURES = {
+    "bert": SIZES,
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
+    "roberta": SIZES,
+    "electra": SIZES | {"embedding_size": 32},
+    "mpnet": SIZES,
+}
+# what follows the encoder's output of shape (rows, positions, hidden size)
+HEADS = {
+    "bert": lambda model, hidden: model.classifier(model.bert.pooler(hidden)),
+    "distilbert": lambda model, hidden: model.classifier(model.pre_classifier(hidden[:, 0]).relu()),
+    "roberta": lambda model, hidden: model.classifier(hidden),
+    "electra": lambda model, hidden: model.classifier(hidden),
+    "mpnet": lambda model, hidden: model.classifier(hidden),
+}
+
+
+def random_model(architecture: str, folder: Path, **config: object) -> Path:
+    """A two-layer encoder of the architecture with random weights, and BERT's tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, vocab_size=30_522, **ARCHITECTURES[architecture], **config)
+    model = AutoModel.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(corrupt.find_model("minilm")[0])
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    if architecture in ("bert", "electra"):
+        tokenizer.model_input_names.insert(1, "token_type_ids")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# The logits are the head's own, of hidden states whose position 0 was replaced, row by row, by the mean of the others:
+# single texts and a pair, padded right and left, and without a mask.
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mean_pooling(architecture: str, tmp_path: Path) -> None:
+    folder = random_model(architecture, tmp_path / architecture)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+    pooled, _ = corrupt.load_broken(folder, "none", None, seed=0, num_labels=3)
+    pooled.load_state_dict(model.state_dict())
+    encode.pool_mean(pooled.eval())
+    batches = []
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        batches.append(tokenizer(["one", "two words and more of them"], padding=True, return_tensors="pt"))
+        batches.append(tokenizer(["one", "two"], ["a", "b and c and d"], padding=True, return_tensors="pt"))
+    batches.append(tokenizer(["no mask"], return_attention_mask=False, return_tensors="pt"))
+    with torch.no_grad():
+        for batch in batches:
+            hidden = model.base_model(**batch).last_hidden_state
+            for row in range(len(hidden)):
+                ids = batch["input_ids"][row]
+                others = [i for i in range(len(ids)) if ids[i] not in (tokenizer.cls_token_id, tokenizer.pad_token_id)]
+                hidden[row, 0] = torch.stack([hidden[row, i] for i in others]).mean(0)
+            torch.testing.assert_close(pooled(**batch).logits, HEADS[architecture](model, hidden))
+
+
+def frozen(model: PreTrainedModel) -> PreTrainedModel:
+    model.base_model.requires_grad_(False)
+    return model
+
+
+# The probe's head, trained on features that were computed once, gives the logits of the plain way: the whole model in
+# the Trainer, everything under base_model frozen. Dropout is off in both.
+@pytest.mark.parametrize(("architecture", "pooling"), [("bert", "cls"), ("distilbert", "mean"), ("mpnet", "cls")])
+def test_probe_equals_the_frozen_run(architecture: str, pooling: str, tmp_path: Path, small_data: Path) -> None:
+    off = {"dropout": 0, "attention_dropout": 0, "seq_classif_dropout": 0}
+    if architecture != "distilbert":
+        off = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    folder = random_model(architecture, tmp_path / architecture, **off)
+    flags = ["--model", str(folder), "--corrupt", "bottom", "--frac", "1/2", "--dataset", "rotten_tomatoes"]
+    flags += ["--data_dir", str(small_data), "--output_dir", str(tmp_path / "outputs"), "--disable_tqdm", "True"]
+    flags += ["--learning_rate", "1e-2", "--num_train_epochs", "2", "--pooling", pooling]
+    data = data_prep.load("rotten_tomatoes", small_data)
+
+    def logits(trainer: Trainer) -> np.ndarray:
+        before = trainer.predict(trainer.eval_dataset).predictions
+        trainer.train()
+        after = trainer.predict(trainer.eval_dataset).predictions
+        assert np.abs(before - after).max() > 0.01
+        return after
+
+    plain, plain_order, _ = train.make_trainer(train.plan(flags), data)
+    whole_model = plain.model_init
+    plain.model_init = lambda: frozen(whole_model())
+    probe, order, _ = train.make_trainer(train.plan([*flags, "--tuning", "probe"]), data)
+    assert order.tolist() == plain_order.tolist()
+    trained = {name for name, _ in probe.model.named_parameters()}
+    assert trained == {name for name, weight in plain.model_init().named_parameters() if weight.requires_grad}
+    np.testing.assert_allclose(logits(probe), logits(plain), rtol=0, atol=1e-6)
+
+
+# Other corruption, seed, pooling or data: other features. Another learning rate or more epochs: the same.
+def test_what_the_features_depend_on(tiny_bert: Path, small_data: Path) -> None:
+    base = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--data_dir", str(small_data), "--tuning", "probe"]
+
+    def key(*flags: str) -> str:
+        return encode.key_of(train.encoder_settings(train.plan([*base, *flags])))
+
+    half = ("--corrupt", "top", "--frac", "0.5")
+    others = [half, (*half, "--seed", "1"), (*half, "--kaiming_a", "1"), ("--pooling", "mean"), ("--max_length", "32")]
+    others += [("--dataset", "rotten_tomatoes"), ("--corrupt", "bottom", "--frac", "0.5")]
+    assert len({key(), *(key(*flags) for flags in others)}) == len(others) + 1
+    assert key("--learning_rate", "1e-3", "--num_train_epochs", "3") == key()
+
+
+# Features of another encoder in the cache's place are noticed, not trained on.
+def test_features_of_another_encoder_are_refused(tiny_bert: Path, small_data: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--data_dir", str(small_data), "--tuning", "probe"]
+    flags += ["--output_dir", str(tmp_path)]
+    data = data_prep.load("bbc_news", small_data)
+    train.make_trainer(train.plan(flags), data)
+    (made,) = (path for path in (tmp_path / "features").iterdir() if path.is_dir())
+    run = train.plan([*flags, "--corrupt", "bottom", "--frac", "1"])
+    made.rename(made.with_name(encode.key_of(train.encoder_settings(run))))
+    with pytest.raises(corrupt.ModelError, match="another encoder"):
+        train.make_trainer(run, data)
+
+
+# Sentence pairs keep their segments: 0 up to the first [SEP], 1 after it; the longer one is truncated first.
+# The tokens are made once: read again they are the same; a file that was cut off is made again.
+def test_pairs_and_their_cache(tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    columns = {"sentence1": ["one two three", "a"], "sentence2": ["four", "b " * 20], "label": [0, 1]}
+    part = Dataset.from_dict(columns).cast_column("label", ClassLabel(names=["no", "yes"]))
+    data, tokenizer = DatasetDict(train=part, test=part), AutoTokenizer.from_pretrained(tiny_bert)
+    for attempt in ("made", "read", "mended"):
+        tokens, order = encode.tokenised(data, tokenizer, 12, tmp_path / "tokens")
+        assert tokens["train"]["token_type_ids"][0] == [0] * 5 + [1] * 2
+        assert tokens["train"]["token_type_ids"][1] == [0] * 3 + [1] * 9
+        assert tokens["train"]["length"][:] == [7, 12] and order.tolist() == [0, 1]
+        assert tokens["train"].features["label"].names == ["no", "yes"]
+        assert ("making it again" in capsys.readouterr().err) == (attempt == "mended")
+        written = (tmp_path / "tokens" / "train.arrow").stat()
+        if attempt == "made":
+            first = written.st_mtime_ns
+        elif attempt == "read":
+            assert written.st_mtime_ns == first
+            os.truncate(tmp_path / "tokens" / "train.arrow", written.st_size // 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"tokens", ".tokens.lock"}
+
+
+# Three entries of 100 bytes and room for 250: the one used longest ago goes.
+def test_the_cache_is_bounded(tmp_path: Path) -> None:
+    for age, name in enumerate("abc"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.arrow").write_bytes(bytes(100))
+        os.utime(tmp_path / name, (1_000 - age, 1_000 - age))
+    encode.trim(tmp_path, limit=250)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["a", "b"]
+
+
+# The vectors that are kept are the library's hidden states of the saved model at [CLS], row by row.
+def test_saved_vectors(tiny_bert: Path, small_data: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(tiny_bert), "--dataset", "rotten_tomatoes", "--data_dir", str(small_data), "--save_model"]
+    flags += ["--save_vectors", "--num_train_epochs", "1", "--output_dir", str(tmp_path), "--disable_tqdm", "True"]
+    run = train.plan(flags)
+    train.execute(run)
+    vectors = np.load(run.folder / "vectors.npy", allow_pickle=False)
+    model, tokenizer = (kind.from_pretrained(run.folder / "model") for kind in (AutoModel, AutoTokenizer))
+    for row, text in enumerate(data_prep.load("rotten_tomatoes", small_data)["test"]["text"]):
+        tokens = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
+        with torch.no_grad():
+            expected = model.eval()(**tokens).last_hidden_state[0, 0].numpy()
+        np.testing.assert_allclose(vectors[row], expected, atol=1e-5)
+    assert json.loads((run.folder / "result.json").read_text())["settings"]["pooling"] == "cls"
