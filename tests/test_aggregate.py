@@ -1,31 +1,68 @@
-"""The tables, from results written by hand: the paper's numbers must come out in the paper's places."""
+"""The tables and the statistics, against the paper's own numbers, scikit-learn and figures worked out by hand."""
 
 import json
+import re
+from math import comb
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import f1_score
 
 import aggregate
 
 BASE, LARGE = "bert-base-uncased", "bert-large-uncased"
+ROOT = Path(aggregate.__file__).parent
 
 
 def write_result(
-    output_dir: Path, model: str, side: str, percent: float, dataset: str, f1: float, **changes: object
-) -> None:
-    layers = 24 if model == LARGE else 12
-    settings = {"model": model, "side": side, "percent": percent, "frac": str(percent / 100), "dataset": dataset}
-    settings |= {"pooling": "cls", "tuning": "full", "learning_rate": 5e-5, "seed": 0, "num_train_epochs": 10.0}
-    settings |= {"model_fingerprint": "a" * 64, "data_fingerprint": dataset.ljust(64, "0"), **changes}
-    result = {"settings": settings, "weighted_f1": f1 / 100, "accuracy": f1 / 100, "best_epoch": 3, "epochs": 10}
-    result |= {"corruption": {"of_layers": layers}, "seconds": {"total": 1.0}, "device": {"name": "cpu"}}
-    result |= {"versions": {"torch": "2", "transformers": "5"}, "commit": None}
-    name = "_".join(f"{value}" for value in settings.values())
-    folder = output_dir / "runs" / name
+    output_dir: Path,
+    model: str,
+    side: str,
+    percent: float,
+    dataset: str,
+    f1: float,
+    *,
+    halves: list[tuple[float, float]] | None = None,
+    predicted: tuple = ([0, 1, 0, 1], [0, 1, 1, 0]),
+    **changes: object,
+) -> Path:
+    """A run's folder as train.py leaves it; F1 in percent, `halves` for each epoch, `predicted` labels, predictions."""
+    settings = {"numbers": 1, "model": model, "side": side, "percent": float(percent), "frac": str(percent / 100)}
+    settings |= {"dataset": dataset, "pooling": "cls", "tuning": "full", "learning_rate": 5e-5, "seed": 0}
+    settings |= {"num_train_epochs": 10.0, "model_fingerprint": "a" * 64, "data_fingerprint": dataset.ljust(64, "0")}
+    settings |= changes
+    halves = halves or [(f1, f1)]
+    result = {"settings": settings, "weighted_f1": f1 / 100, "accuracy": f1 / 100, "best_epoch": 1}
+    result |= {"epochs": len(halves), "corruption": {"of_layers": 24 if model == LARGE else 12}, "commit": None}
+    result |= {"seconds": {"total": 1.0}, "device": {"name": "cpu"}, "versions": {"torch": "2", "transformers": "5"}}
+    folder = output_dir / "runs" / "_".join(f"{value}" for value in settings.values())
     folder.mkdir(parents=True)
+    epochs = pd.DataFrame(halves, columns=["weighted_f1_half_a", "weighted_f1_half_b"]) / 100
+    epochs.to_csv(folder / "epochs.csv", index_label="epoch")
+    labels, predictions = predicted
+    frame = pd.DataFrame({"label": labels, "prediction": predictions})
+    frame.to_csv(folder / "predictions.csv.gz", index_label="row")
     (folder / "result.json").write_text(json.dumps(result))
+    return folder
 
+
+def cells_of(output_dir: Path) -> pd.DataFrame:
+    return aggregate.make_cells(aggregate.read_runs(output_dir)[0])
+
+
+def run_main(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> int | str:
+    """The exit code of the script, or what it says on stderr, with which it ends with 1."""
+    monkeypatch.setattr("sys.argv", ["aggregate.py", "--output_dir", str(output_dir)])
+    try:
+        aggregate.main()
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+# ---- The paper's tables ----
 
 # Rows of the paper's Table 1, typed from its text.
 PAPER = """
@@ -46,54 +83,414 @@ def test_the_papers_layout(tmp_path: Path) -> None:
         sides = {0: ["none"], 100: ["all"]}.get(percent, ["bottom", "top"])
         for side, f1 in zip(sides, (float(bottom), float(top)), strict=False):
             write_result(tmp_path, names[name], side, percent, "sst2", f1)
-    table, there, missing = aggregate.paper_table(aggregate.make_cells(aggregate.read_runs(tmp_path)), "cls", "full")
-    rows = [" ".join(row).split() for row in table.itertuples(index=False)]
+    table = aggregate.paper_table(cells_of(tmp_path))
+    rows = [" ".join(row).split() for row in table.text.itertuples(index=False)]
     assert rows == [line.split() for line in PAPER.strip().splitlines()]
-    assert list(table) == ["model", "corruption", "SST-2 bottom", "SST-2 top"]
-    assert (there, missing) == (9, 0)
+    assert list(table.text) == ["model", "corruption", "SST-2 bottom", "SST-2 top"]
+    assert table.missing == 0
     assert "| Base    | 50% (1-6)    | 83.25          | **87.92**   |" in aggregate.markdown(table)
+
+
+def read_back(rows: list[list[str]], datasets: list[str]) -> set[tuple]:
+    """(model, percent, side, data set, F1) from rows with a number for bottom and for top, or one across both."""
+    found, model = set(), ""
+    for name, corruption, *numbers in rows:
+        model, percent = (name or model).lower(), int(corruption.partition("%")[0])
+        if percent in (0, 100):
+            side = "none" if percent == 0 else "all"
+            numbers = numbers[::2] if len(numbers) == 2 * len(datasets) else numbers
+            found |= {(model, percent, side, *cell) for cell in zip(datasets, numbers, strict=True)}
+        else:
+            for offset, side in enumerate(("bottom", "top")):
+                found |= {(model, percent, side, *cell) for cell in zip(datasets, numbers[offset::2], strict=True)}
+    return found
+
+
+# The paper's CSV, made cells, made a table and read back from each of its three forms, is the CSV again.
+@pytest.mark.parametrize(("number", "cells", "red"), [(1, 120, 3), (3, 120, 1), (4, 40, 0), (5, 40, 3)])
+def test_round_trip_of_the_papers_tables(number: int, cells: int, red: int) -> None:
+    printed = pd.read_csv(ROOT / "paper" / f"table{number}.csv", dtype=str).astype({"percent": int})
+    expected = set(printed.itertuples(index=False, name=None))
+    datasets = list(dict.fromkeys(printed["dataset"]))
+    paper = aggregate.paper_cells()
+    table = aggregate.paper_table(paper[paper["table"] == number])
+    assert len(expected) == cells and table.missing == 0
+    assert read_back(table.text.values.tolist(), datasets) == expected
+
+    lines = [line for line in aggregate.markdown(table).splitlines() if line.startswith("|")][2:]
+    rows = [[cell.strip(" *†") for cell in line.strip("|").split("|")] for line in lines]
+    assert read_back(rows, datasets) == expected
+    assert all(row[0] for row in rows)
+
+    text = aggregate.latex(table)
+    rows = [line.removesuffix(r"\\").replace(r"\%", "%").split("&") for line in text.splitlines() if r"\% " in line]
+    widths = {sum(2 if r"\multicolumn{2}" in cell else 1 for cell in row) for row in rows}
+    assert widths == {2 + 2 * len(datasets)} and len(rows) == 13
+    plain = [
+        [re.sub(r"\\(multicolumn\{2\}\{c\}|text\w+(\{red\})?)|[{}]", "", cell).strip() for cell in r] for r in rows
+    ]
+    assert read_back(plain, datasets) == expected
+    assert text.count(r"\textcolor{red}") == red and text.count("{") == text.count("}")
+    bottom, top = (
+        printed[printed["side"] == side].set_index(["model", "percent", "dataset"])["f1"] for side in ("bottom", "top")
+    )
+    assert text.count(r"\textbf") == (bottom.astype(float) != top.astype(float)).sum()
+
+
+# A name with characters that LaTeX takes for its own is escaped.
+def test_latex_escapes(tmp_path: Path) -> None:
+    write_result(tmp_path, "my_bert&co", "bottom", 50, "my_set", 90)
+    text = aggregate.latex(aggregate.paper_table(cells_of(tmp_path)))
+    assert r"\multicolumn{2}{c}{my\_set}" in text and r"my\_bert\&co & 50\% (1-6) & 90.00 &  \\" in text
+
+
+# A cell that was not run is empty and counted; runs of other settings get rows of their own, and that is said.
+def test_missing_cells_and_variants(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_result(tmp_path, BASE, "none", 0, "sst2", 90)
+    write_result(tmp_path, BASE, "bottom", 50, "sst2", 80)
+    write_result(tmp_path, BASE, "none", 0, "bbc_news", 95)
+    write_result(tmp_path, BASE, "all", 100, "bbc_news", 60)
+    # a probe of other settings is in another table, and no reason to tell the fine-tuned ones apart
+    write_result(tmp_path, BASE, "none", 0, "sst2", 85, tuning="probe", num_train_epochs=3.0)
+    cells = cells_of(tmp_path)
+    table = aggregate.paper_table(cells[cells["table"] == 1])
+    assert table.text.to_dict("split")["data"] == [
+        ["Base", "0%", "90.00", "90.00", "95.00", "95.00"],
+        ["Base", "50% (1-6)", "80.00", "", "", ""],
+        ["Base", "100% (1-12)", "", "", "60.00", "60.00"],
+    ]
+    assert table.missing == 4 and capsys.readouterr().err == ""
+    write_result(tmp_path, BASE, "none", 0, "sst2", 99, num_train_epochs=1.0)
+    cells = cells_of(tmp_path)
+    text = aggregate.paper_table(cells[cells["table"] == 1]).text
+    found = dict(zip(zip(text["model"], text["corruption"], strict=True), text["SST-2 bottom"], strict=True))
+    assert found["Base num_train_epochs=1.0", "0%"] == "99.00"
+    assert found["Base num_train_epochs=10.0", "0%"] == "90.00"
+    said = "bert-base-uncased sst2 cls full: runs of different settings are kept apart: num_train_epochs=1.0 | "
+    assert capsys.readouterr().err == f"{said}num_train_epochs=10.0\n"
+
+
+# Every cell goes to the table that the paper has for it, or to none.
+def test_which_table(tmp_path: Path) -> None:
+    for dataset, pooling, tuning in (
+        *(("tfnt", "cls", "full"), ("rotten_tomatoes", "cls", "full"), ("mrpc", "cls", "full"), ("rte", "cls", "full")),
+        *(
+            ("tfnt", "mean", "full"),
+            ("mrpc", "mean", "full"),
+            ("ag_news", "cls", "probe"),
+            ("ag_news", "mean", "probe"),
+        ),
+    ):
+        write_result(tmp_path, BASE, "none", 0, dataset, 90, pooling=pooling, tuning=tuning)
+    cells = cells_of(tmp_path).set_index(["dataset", "pooling", "tuning"])["table"]
+    assert cells["tfnt", "cls", "full"] == 1 and cells["rotten_tomatoes", "cls", "full"] == 1
+    assert cells["mrpc", "cls", "full"] == 5 and cells["rte", "cls", "full"] == 5
+    assert cells["tfnt", "mean", "full"] == 3 and cells["mrpc", "mean", "full"] == 3
+    assert cells["ag_news", "cls", "probe"] == 4 and pd.isna(cells["ag_news", "mean", "probe"])
+
+
+# ---- Ours and the paper's ----
+
+
+# How often the paper's own numbers hold its claims, counted apart from this code.
+def test_claims_in_the_papers_numbers() -> None:
+    paper = aggregate.paper_cells()
+    counts = {number: aggregate.count_claims(paper[paper["table"] == number]) for number in (1, 3, 4, 5)}
+    assert counts == {
+        1: [(100, 102), (114, 120), (41, 42)],
+        3: [(97, 102), (107, 120), (41, 42)],
+        4: [(25, 34), (25, 40), (13, 14)],
+        5: [(27, 34), (28, 40), (14, 14)],
+    }
+
+
+# 0 % 90, bottom 25 % 90 (equal: not lower), 75 % 70; top 25 % 80, 75 % 85; 100 % 60. Claim 1: 4 of 5. Claim 2: bottom
+# 90 90 70 60 2 of 3, top 90 80 85 60 2 of 3. Claim 3: 25 % no, 75 % yes. RTE has 0 % and 100 % only: one step, not two.
+def test_claims_with_degrees_left_out(tmp_path: Path) -> None:
+    cells = (
+        ("none", 0, 90),
+        ("bottom", 25, 90),
+        ("bottom", 75, 70),
+        ("top", 25, 80),
+        ("top", 75, 85),
+        ("all", 100, 60),
+    )
+    for side, percent, f1 in cells:
+        write_result(tmp_path, BASE, side, percent, "rotten_tomatoes", f1)
+    write_result(tmp_path, BASE, "none", 0, "sst2", 92)
+    write_result(tmp_path, BASE, "all", 100, "sst2", 75)
+    write_result(tmp_path, "minilm", "all", 100, "sst2", 75)  # nothing to compare with
+    ours = cells_of(tmp_path)
+    assert aggregate.count_claims(ours) == [(4 + 1, 5 + 1), (4 + 1, 6 + 1), (1, 2)]
+    claims = aggregate.claims_table(ours, aggregate.paper_cells()).set_index(["table", "claim"])
+    row = claims.loc[(1, "(2) more damage, lower F1")]
+    assert row.tolist() == [114, 120, 5, 7, 1, 1]  # of ours, only SST-2 is in the paper
+    assert (claims.loc[3].filter(like="ours") == 0).all(axis=None)
+
+
+def test_comparison(tmp_path: Path) -> None:
+    write_result(tmp_path, LARGE, "bottom", 50, "imdb", 40, halves=[(38, 42)], predicted=([0, 1], [1, 1]))
+    write_result(tmp_path, BASE, "none", 0, "bbc_news", 95)
+    both = aggregate.compare(cells_of(tmp_path), aggregate.paper_cells())
+    assert len(both) == 321 and both["paper"].notna().sum() == 320 and both["paper_outlier"].sum() == 7
+    there = both[both["ours"].notna()].set_index("dataset")
+    imdb, bbc = there.loc["imdb"], there.loc["bbc_news"]
+    assert (imdb["table"], imdb["model"], imdb["percent"], imdb["side"]) == (1, LARGE, 50, "bottom")
+    assert imdb["ours"] == pytest.approx(40) and imdb["paper"] == 33.97 and imdb["difference"] == pytest.approx(6.03)
+    assert imdb["cross_fitted"] == pytest.approx(40) and imdb["collapsed"] and imdb["paper_outlier"]
+    assert pd.isna(bbc["paper"]) and pd.isna(bbc["paper_outlier"]) and not bbc["collapsed"]
+
+
+# ---- Statistics ----
 
 
 # Best learning rate by the mean over seeds: 1e-5 has (80 + 84) / 2 = 82, 5e-5 has (90 + 70) / 2 = 80.
 def test_best_learning_rate_over_seeds(tmp_path: Path) -> None:
     for rate, seed, f1 in ((1e-5, 0, 80), (1e-5, 1, 84), (5e-5, 0, 90), (5e-5, 1, 70)):
         write_result(tmp_path, BASE, "none", 0, "sst2", f1, learning_rate=rate, seed=seed)
-    (cell,) = aggregate.make_cells(aggregate.read_runs(tmp_path)).to_dict("records")
+    (cell,) = cells_of(tmp_path).to_dict("records")
     assert cell["f1"] == pytest.approx(82) and cell["f1_std"] == pytest.approx(8**0.5)
     assert (cell["learning_rate"], cell["seeds"], cell["learning_rates_tried"]) == (1e-5, 2, "1e-05 5e-05")
     assert len(cell["runs"].split()) == 2
 
 
-# A cell that was not run is empty and counted; runs of other settings get rows of their own; a probe is no cell here.
-def test_missing_cells_and_variants(tmp_path: Path) -> None:
-    write_result(tmp_path, BASE, "none", 0, "sst2", 90)
-    write_result(tmp_path, BASE, "bottom", 50, "sst2", 80)
-    write_result(tmp_path, BASE, "none", 0, "bbc_news", 95)
-    write_result(tmp_path, BASE, "none", 0, "rotten_tomatoes", 85, tuning="probe")
-    cells = aggregate.make_cells(aggregate.read_runs(tmp_path))
-    table, there, missing = aggregate.paper_table(cells, "cls", "full")
-    assert table.to_dict("split")["data"] == [
-        ["Base", "0%", "90.00", "90.00", "95.00", "95.00"],
-        ["Base", "50% (1-6)", "80.00", "", "", ""],
+# Each pair is an epoch's F1 on half a and on half b. Picked on a: 1e-5's best epochs give 80 and 84, mean 82; 5e-5's 81
+# and 81, mean 81: so 1e-5, whose epochs read 70 (seed 0, epoch 2) and 76 (seed 1, epoch 1) on b: 73. Picked on b: 1e-5
+# 75 and 76, mean 75.5; 5e-5 79 and 73, mean 76: so 5e-5, which reads 60 (epoch 2) and 81 (epoch 1) on a: 70.5.
+# Cross-fitted: (73 + 70.5) / 2 = 71.75. By test F1 the best is 5e-5 with (83 + 80) / 2 = 81.5, so the gap is 9.75.
+def test_cross_fitting_by_hand(tmp_path: Path) -> None:
+    for rate, seed, f1, halves in (
+        (1e-5, 0, 78, [(77, 75), (80, 70)]),
+        (1e-5, 1, 79, [(84, 76), (66, 67)]),
+        (5e-5, 0, 83, [(81, 64), (60, 79)]),
+        (5e-5, 1, 80, [(81, 73), (80, 72)]),
+    ):
+        write_result(tmp_path, BASE, "top", 50, "sst2", f1, learning_rate=rate, seed=seed, halves=halves)
+    (cell,) = cells_of(tmp_path).to_dict("records")
+    assert (cell["learning_rate"], cell["f1"]) == (5e-5, pytest.approx(81.5))
+    assert cell["cross_fitted"] == pytest.approx(71.75) and cell["gap"] == pytest.approx(9.75)
+
+
+# Without seed 1, which 5e-5 does not have, 1e-5 has 80 and loses to 81; with it, its mean would be 85 and win.
+def test_learning_rates_with_different_seeds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for rate, seed, f1 in ((1e-5, 0, 80), (1e-5, 1, 90), (5e-5, 0, 81)):
+        write_result(tmp_path, BASE, "none", 0, "sst2", f1, learning_rate=rate, seed=seed)
+    (cell,) = cells_of(tmp_path).to_dict("records")
+    assert (cell["learning_rate"], cell["seeds"]) == (5e-5, 1) and cell["f1"] == pytest.approx(81)
+    said = capsys.readouterr().err
+    assert "bert-base-uncased none 0.0 sst2 cls full: learning rates have different seeds: only [0]" in said
+    write_result(tmp_path, BASE, "none", 0, "sst2", 70, learning_rate=2e-5, seed=2)
+    (cell,) = cells_of(tmp_path).to_dict("records")
+    assert (cell["learning_rate"], cell["seeds"]) == (1e-5, 2) and "none is common" in capsys.readouterr().err
+
+
+def test_edge_of_the_learning_rates(tmp_path: Path) -> None:
+    best = {("sst2", 1e-5): 90, ("sst2", 2e-5): 80, ("sst2", 5e-5): 70, ("rte", 2e-5): 60}
+    best |= {("imdb", 1e-5): 70, ("imdb", 2e-5): 80, ("imdb", 5e-5): 75}
+    best |= {("tfnt", 1e-5): 70, ("tfnt", 2e-5): 80, ("tfnt", 5e-5): 85}
+    for (dataset, rate), f1 in best.items():
+        write_result(tmp_path, BASE, "none", 0, dataset, f1, learning_rate=rate)
+    edge = cells_of(tmp_path).set_index("dataset")["edge"]
+    assert edge["sst2"] and edge["tfnt"] and not edge["imdb"] and pd.isna(edge["rte"])
+
+
+# A run that predicts one class in 99 of 100 rows is collapsed, in 98 it is not; the constant's F1 is scikit-learn's.
+def test_collapsed_runs(tmp_path: Path) -> None:
+    labels = np.array([0] * 30 + [1] * 45 + [2] * 25)
+    for seed, others in ((0, 1), (1, 2)):
+        predictions = np.array([0] * others + [1] * (100 - others))
+        write_result(tmp_path, BASE, "bottom", 50, "emotion", 30, seed=seed, predicted=(labels, predictions))
+    constant = 100 * f1_score(labels, np.ones(100), average="weighted")
+    runs, *_ = aggregate.read_runs(tmp_path)
+    assert runs["collapsed"].tolist() == [True, False] and runs["most_predicted"].tolist() == [99, 98]
+    assert runs["constant_f1"].tolist() == [pytest.approx(constant), pytest.approx(np.nan, nan_ok=True)]
+    (cell,) = aggregate.make_cells(runs).to_dict("records")
+    assert cell["collapsed"] and cell["constant_f1"] == pytest.approx(constant)
+    assert "30.00†" in aggregate.markdown(aggregate.paper_table(pd.DataFrame([cell])))
+
+
+# Class 3 is never a label and class 0 never predicted: both are rows that scikit-learn has a rule for.
+def test_weighted_f1_is_scikit_learns() -> None:
+    random = np.random.default_rng(1)
+    pairs = np.array([(label, prediction) for label in range(3) for prediction in range(1, 4)])
+    counts = random.integers(0, 20, (30, len(pairs)))
+    counts[0, :3] = 0  # class 0 does not occur at all
+    expected = []
+    for count in counts:
+        labels, predictions = np.repeat(pairs, count, axis=0).T
+        expected.append(f1_score(labels, predictions, average="weighted", zero_division=0))
+    assert aggregate.weighted_f1(counts, *pairs.T) == pytest.approx(expected, abs=1e-12)
+
+
+# Against a bootstrap that draws row numbers, the same for both seeds, whose errors mostly coincide (drawn apart, their
+# interval would be 0.7 times as wide), and against McNemar's test as a sum of binomial coefficients.
+def test_bottom_against_top(tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    labels = random.integers(0, 3, 250)
+    sides = {}
+    for side, errors in (("bottom", 0.4), ("top", 0.25)):
+        for seed, before, share in ((0, labels, errors), (1, None, 0.05)):
+            before = sides[side, 0] if before is None else before
+            sides[side, seed] = np.where(random.random(250) < share, random.integers(0, 4, 250), before)
+            write_result(tmp_path, BASE, side, 50, "sst2", 70, seed=seed, predicted=(labels, sides[side, seed]))
+    write_result(tmp_path, BASE, "bottom", 25, "sst2", 70)  # no top: no pair
+    runs, predictions, _, _ = aggregate.read_runs(tmp_path)
+    table, problems = aggregate.bottom_top(aggregate.make_cells(runs), runs, predictions)
+    (pair,) = table.to_dict("records")
+    assert (pair["percent"], pair["seeds"], pair["rows"], problems) == (50, 2, 250, [])
+
+    for side in ("bottom", "top"):
+        scores = [f1_score(labels, sides[side, seed], average="weighted") for seed in (0, 1)]
+        assert pair[f"f1_{side}"] == pytest.approx(100 * np.mean(scores))
+    assert pair["difference"] == pytest.approx(pair["f1_top"] - pair["f1_bottom"])
+
+    def f1(true: np.ndarray, predicted: np.ndarray) -> float:  # scikit-learn's takes a millisecond
+        hits, rows = true[true == predicted], (true, predicted)
+        n_hits, n_true, n_predicted = (np.bincount(part, minlength=4) for part in (hits, *rows))
+        return 100 * (n_true * 2 * n_hits / (n_true + n_predicted).clip(1)).sum() / len(true)
+
+    drawn = [
+        np.mean([f1(labels[i], sides["top", seed][i]) - f1(labels[i], sides["bottom", seed][i]) for seed in (0, 1)])
+        for i in random.integers(0, 250, (4000, 250))
     ]
-    assert (there, missing) == (3, 3)
-    write_result(tmp_path, BASE, "none", 0, "sst2", 99, num_train_epochs=1.0)
-    cells = aggregate.make_cells(aggregate.read_runs(tmp_path))
-    table, _, _ = aggregate.paper_table(cells, "cls", "full")
-    found = dict(zip(zip(table["model"], table["corruption"], strict=True), table["SST-2 bottom"], strict=True))
-    assert found["Base num_train_epochs=1.0", "0%"] == "99.00"
-    assert found["Base num_train_epochs=10.0", "0%"] == "90.00"
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert (pair["low"], pair["high"]) == (pytest.approx(low, abs=0.5), pytest.approx(high, abs=0.5))
+
+    right = {key: predictions == labels for key, predictions in sides.items()}
+    only_bottom = sum(int((right["bottom", seed] & ~right["top", seed]).sum()) for seed in (0, 1))
+    only_top = sum(int((right["top", seed] & ~right["bottom", seed]).sum()) for seed in (0, 1))
+    n = only_bottom + only_top
+    assert (pair["only_bottom_right"], pair["only_top_right"]) == (only_bottom, only_top) and only_top > only_bottom
+    assert pair["p_mcnemar"] == pytest.approx(2 * sum(comb(n, k) for k in range(only_bottom + 1)) / 2**n)
+    again, _ = aggregate.bottom_top(aggregate.make_cells(runs), runs, predictions)
+    pd.testing.assert_frame_equal(table, again)
+
+
+# The same predictions on both sides: no difference, and no discordant row to test.
+def test_bottom_equal_to_top(tmp_path: Path) -> None:
+    for side in ("bottom", "top"):
+        write_result(tmp_path, BASE, side, 50, "sst2", 70)
+    runs, predictions, _, _ = aggregate.read_runs(tmp_path)
+    pair = aggregate.bottom_top(aggregate.make_cells(runs), runs, predictions)[0].iloc[0]
+    assert pair[["difference", "low", "high", "p_mcnemar"]].tolist() == [0, 0, 0, 1]
+
+
+# Pairs of other test rows are refused; of other seeds, what they share is compared, and it is said.
+def test_pairs_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_result(tmp_path, BASE, "bottom", 50, "sst2", 70, predicted=([0, 1, 1], [0, 1, 1]))
+    write_result(tmp_path, BASE, "top", 50, "sst2", 70, predicted=([0, 1, 0], [0, 1, 1]))
+    for seed in (0, 1):
+        write_result(tmp_path, BASE, "bottom", 50, "imdb", 70, seed=seed)
+    write_result(tmp_path, BASE, "top", 50, "imdb", 70, seed=1)
+    write_result(tmp_path, BASE, "bottom", 50, "tfnt", 70, seed=0)
+    write_result(tmp_path, BASE, "top", 50, "tfnt", 70, seed=1)
+    runs, predictions, _, _ = aggregate.read_runs(tmp_path)
+    table, problems = aggregate.bottom_top(aggregate.make_cells(runs), runs, predictions)
+    assert table["dataset"].tolist() == ["imdb"] and table["seeds"].tolist() == [1]
+    (problem,) = problems
+    assert "50.0 sst2 cls full is left out: the test rows or labels of the runs differ" in problem
+    said = capsys.readouterr().err
+    assert "imdb cls full: the sides have different seeds: only [1] are compared" in said
+    assert "tfnt cls full: the sides have different seeds: none is compared" in said
+
+
+# ---- The script ----
 
 
 def test_files_and_an_empty_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["aggregate.py", "--output_dir", str(tmp_path)])
-    with pytest.raises(SystemExit) as exit_info:
-        aggregate.main()
-    assert exit_info.value.code == 2 and "holds no result" in capsys.readouterr().err
-    write_result(tmp_path, BASE, "top", 25, "sst2", 91.72)
-    aggregate.main()
-    assert "1 cells from 1 runs, 1 cells missing" in capsys.readouterr().out
-    assert pd.read_csv(tmp_path / "results.csv")["f1"].tolist() == pytest.approx([91.72])
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "results.csv", "cells.csv", "table1.csv", "table1.md"}
+    assert run_main(tmp_path, monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert "holds no result" in said and said.count("\n") == 1
+    for side in ("top", "bottom"):
+        write_result(tmp_path, BASE, side, 25, "sst2", 91.72)
+    probe = write_result(tmp_path, BASE, "none", 0, "dbpedia", 77, tuning="probe")
+    (tmp_path / "table3.md").write_text("of runs that are no longer there")
+    broken = tmp_path / "runs" / "broken"
+    broken.mkdir()
+    (broken / "failure.json").write_text('{"reason": "out of memory"}')
+    assert run_main(tmp_path, monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert "3 cells from 3 runs, 0 cells missing\nfailed: broken: out of memory\n" in out and err == ""
+    assert "| (1) corrupted < undamaged | 100/102 | 0/0    | 0/0             |" in out
+    for name in ("Table 1", "Table 4"):
+        assert f"{name}: weighted F1 in percent" in out
+    kinds = {f"{name}.csv" for name in ("results", "cells", "comparison", "claims", "bottom_top")}
+    tables = {f"table{number}.{kind}" for number in (1, 4) for kind in ("csv", "md", "tex")}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"} | kinds | tables
+    assert all(name in out.splitlines()[-1] for name in kinds | tables)
+    assert pd.read_csv(tmp_path / "results.csv")["f1"].tolist() == pytest.approx([91.72, 77, 91.72])
+    assert pd.read_csv(tmp_path / "table4.csv")["DBPedia top"].tolist() == [77]
+    assert len(pd.read_csv(tmp_path / "bottom_top.csv")) == 1
+
+    for path in probe.iterdir():
+        path.unlink()
+    assert run_main(tmp_path, monkeypatch) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"} | kinds | {name for name in tables if "1" in name}
+    write_result(tmp_path, BASE, "none", 0, "dbpedia", 77, tuning="probe", pooling="mean")
+    assert run_main(tmp_path, monkeypatch) == 0
+    assert "1 cells are of a pooling and tuning that no table has" in capsys.readouterr().err
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def changed(path: Path, **changes: object) -> None:
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in {**result, **changes}.items() if value != "gone"}))
+
+
+BAD = {
+    "result cut off": (lambda run: cut_off(run / "result.json"), "result.json"),
+    "result no object": (lambda run: (run / "result.json").write_text("[]"), "result.json"),
+    "no F1": (lambda run: changed(run / "result.json", weighted_f1="gone"), "lacks 'weighted_f1'"),
+    "F1 no number": (lambda run: changed(run / "result.json", weighted_f1=float("nan")), "not from 0 to 1"),
+    "no settings": (lambda run: changed(run / "result.json", settings="gone"), "lacks 'settings'"),
+    "a newer version": (lambda run: changed(run / "result.json", settings={"numbers": 99}), "of version 99"),
+    "no epochs": (lambda run: (run / "epochs.csv").unlink(), "epochs.csv"),
+    "epochs cut off": (lambda run: cut_off(run / "epochs.csv"), "epochs.csv"),
+    "an epoch too few": (lambda run: changed(run / "result.json", epochs=2), "1 epochs of 2"),
+    "no predictions": (lambda run: (run / "predictions.csv.gz").unlink(), "predictions.csv.gz"),
+    "predictions cut off": (lambda run: cut_off(run / "predictions.csv.gz"), "predictions.csv.gz"),
+    "failure cut off": (lambda run: (run / "failure.json").write_text("{"), "failure.json"),
+}
+
+
+# Named in one line, left out of the numbers; the rest is written, and the exit code is 1.
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_runs(bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    write_result(tmp_path, BASE, "none", 0, "sst2", 92)
+    run = write_result(tmp_path, BASE, "none", 0, "imdb", 82)
+    harm, reason = BAD[bad]
+    harm(run)
+    said = run_main(tmp_path, monkeypatch)
+    assert isinstance(said, str) and said.startswith(f"{run} is left out: ") and reason in said and "\n" not in said
+    datasets = pd.read_csv(tmp_path / "results.csv")["dataset"].tolist()
+    assert datasets == (["imdb", "sst2"] if bad == "failure cut off" else ["sst2"])
+    assert "-> " in capsys.readouterr().out.splitlines()[-1]
+
+
+# A copy of a run is no second seed; and where nothing can be read there is no table, with exit code 2.
+def test_a_copied_run_and_only_bad_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = write_result(tmp_path, BASE, "none", 0, "sst2", 92)
+    copy = run.with_name(f"{run.name}-copy")
+    copy.mkdir()
+    for path in run.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert run_main(tmp_path, monkeypatch) == f"{copy} is left out: another has the same settings"
+    assert "1 cells from 1 runs" in capsys.readouterr().out
+    for folder in (run, copy):
+        cut_off(folder / "result.json")
+    assert run_main(tmp_path, monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert f"{run} is left out" in said and f"{copy} is left out" in said and "holds no result" in said
+
+
+# The two scripts agree on the newest version of the numbers; read as text, since train.py imports torch.
+def test_version_of_the_numbers() -> None:
+    (version,) = re.findall(r"^NUMBERS = (\d+)", (ROOT / "train.py").read_text(), re.MULTILINE)
+    assert int(version) == aggregate.NUMBERS

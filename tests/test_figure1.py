@@ -1,0 +1,225 @@
+"""Figure 1, from vectors made by hand: which runs are drawn, in which order, and the numbers under the panels."""
+
+import json
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.image import imread
+from matplotlib.markers import MarkerStyle
+from threadpoolctl import threadpool_limits
+
+import figure1
+
+# The paper's panels: how many of the first class's 20 rows lie where the second class's 20 do, and the F1 in percent.
+PANELS = {("none", 0): (0, 94.0), ("top", 25): (2, 93.0), ("bottom", 25): (4, 92.0), ("all", 100): (6, 80.0)}
+FILES = ["figure1_org--bert_ag_news.csv", "figure1_org--bert_ag_news.png", "figure1_org--bert_ag_news_numbers.csv"]
+
+
+def add_run(output_dir: Path, side: str, percent: float, strays: int = 0, f1: float = 90.0, **changes: object) -> Path:
+    """A run with 40 test rows of two classes at two points, and its row in results.csv."""
+    row = {"model": "org/bert", "variant": "", "side": side, "percent": float(percent), "dataset": "ag_news"}
+    row |= {"pooling": "cls", "tuning": "full", "learning_rate": 1e-5, "seed": 0, "f1": f1, **changes}
+    row["run"] = "_".join(str(value) for value in row.values()).replace("/", "--")
+    folder = output_dir / "runs" / row["run"]
+    folder.mkdir(parents=True)
+    labels = np.tile([0, 1], 20)
+    at_second = (labels == 1) | (np.arange(40) < 2 * strays)
+    np.save(folder / "vectors.npy", np.where(at_second[:, None], np.float32([0, 3, 4]), np.float32([0, 0, 0])))
+    predictions = pd.DataFrame({"label": labels, "prediction": 0}).rename_axis("row")
+    predictions.to_csv(folder / "predictions.csv.gz")
+    result = {"data": {"rows_per_class": {"test": {"World": 20, "Sports": 20}}}}
+    (folder / "result.json").write_text(json.dumps(result))
+    there = output_dir / "results.csv"
+    pd.DataFrame([row]).to_csv(there, mode="a", header=not there.exists(), index=False)
+    return folder
+
+
+def add_four(output_dir: Path, **changes: object) -> list[Path]:
+    """The four runs; those of the later panels come first in results.csv."""
+    folders = [add_run(output_dir, *panel, *PANELS[panel], **changes) for panel in reversed(PANELS)]
+    return folders[::-1]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, output_dir: Path, *flags: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["figure1.py", "--output_dir", str(output_dir), *flags])
+    figure1.main()
+
+
+# By hand, k = 3, rows at 0, 1, 2, 10, 11, 12: the three others nearest to 0, 1 and 2 are each other and 10. So rows 0
+# and 1 see one of their class and two of the other, row 2 two of the other; 10, 11 and 12 see two of theirs at least.
+# k = 2, rows at 0, 1, 3: the first two have a tie, which the first class wins, the third sees the others' class alone.
+# k = 15 is all five others: rows 0 and 1 see four of the other class, the rest three of theirs.
+# The silhouette is 1 - a / b where a, the mean distance to a row's own class, is less than b, to the other; here
+# a = 1, 1, 9, 11/3, 11/3, 13/3 and b = 35/4, 31/4, 3/2, 19/2, 21/2, 23/2. t-SNE would change these ratios.
+def test_numbers_of_a_line_in_the_original_space() -> None:
+    line = np.array([[0, 0], [1, 0], [2, 0], [10, 0], [11, 0], [12, 0]], dtype=np.float32)
+    labels = np.array([3, 3, 5, 5, 5, 5])
+    assert figure1.knn_accuracy(line, labels, k=3) == 3 / 6
+    assert figure1.knn_accuracy(line[[0, 1, 3]], labels[[0, 1, 3]], k=2) == 2 / 3
+    run = namedtuple("Row", "side percent run")("none", 0, "a")
+    (numbers,) = figure1.measure([run], [(line, labels, {3: "World", 5: "Sports"})])[0].to_dict("records")
+    assert numbers["knn_accuracy"] == pytest.approx(100 * 4 / 6)
+    silhouettes = [1 - 4 / 35, 1 - 4 / 31, 1.5 / 9 - 1, 1 - 22 / 57, 1 - 22 / 63, 1 - 26 / 69]
+    assert numbers["silhouette"] == pytest.approx(sum(silhouettes) / 6)
+
+
+# By hand, s strays, distance 1 between the points. First class at its point: a = s / 19, b = 1; strays: b = 0 and
+# a = (20 - s) / 19; second class: a = 0, b = (20 - s) / 20. So the silhouettes are 1 - s / 19, -1 and 1. Of the 15
+# nearest to a stray at most 5 are strays too: it is taken for the second class, and all others are told rightly.
+def test_panels_in_the_papers_order_with_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = add_four(tmp_path, learning_rate=2e-5)
+    add_run(tmp_path, "top", 25, 1, f1=91.0, learning_rate=1e-5)  # not the best learning rate
+    (add_run(tmp_path, "top", 25, 1, f1=99.0, learning_rate=5e-5) / "vectors.npy").unlink()
+    add_run(tmp_path, "top", 25, 1, f1=99.0, seed=1)
+    add_run(tmp_path, "top", 25, 1, f1=99.0, pooling="mean")
+    add_run(tmp_path, "none", 0, 1, f1=99.0, tuning="probe")
+    add_run(tmp_path, "none", 0, 1, f1=99.0, dataset="imdb")
+    call(monkeypatch, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*")) == [*FILES, "results.csv", "runs"]
+
+    numbers = pd.read_csv(tmp_path / FILES[2])
+    assert list(zip(numbers["side"], numbers["percent"], strict=True)) == list(PANELS)
+    assert list(numbers["run"]) == [folder.name for folder in folders]
+    assert list(numbers["f1"]) == [94, 93, 92, 80]
+    assert list(numbers["knn_accuracy"]) == [100, 95, 90, 85]
+    silhouettes = [((20 - s) * (1 - s / 19) - s + 20) / 40 for s in (0, 2, 4, 6)]
+    assert np.allclose(numbers["silhouette"], silhouettes, atol=1e-6)
+
+    dots = pd.read_csv(tmp_path / FILES[0])
+    assert list(dots["run"]) == [folder.name for folder in folders for _ in range(40)]
+    assert list(dots["row"]) == [*range(40)] * 4
+    assert list(dots["label_name"]) == ["World", "Sports"] * 80
+    # rows 0, 2 ... 10 of the last panel stray: t-SNE puts them to the second class, and 12, 14 ... away from it
+    place = dots.loc[dots["side"] == "all", ["x", "y"]].to_numpy()
+    away = np.linalg.norm(place - place[1::2].mean(0), axis=1)
+    assert away[0:12:2].max() < away[12::2].min()
+    assert imread(tmp_path / FILES[1]).shape[:2] == (760, 2400)
+
+    before = {name: (tmp_path / name).read_bytes() for name in FILES}
+    call(monkeypatch, tmp_path, "--model", "org/bert", "--dataset", "ag_news", "--percent", "25")
+    assert before == {name: (tmp_path / name).read_bytes() for name in FILES}
+
+
+# Four runs of one seed and one variant, or no figure; the mildest degree that has both sides, then the lowest seed.
+def test_which_four(tmp_path: Path) -> None:
+    for side, percent in (("none", 0), ("top", 50), ("bottom", 50), ("all", 100)):
+        for seed in (1, 2, 10):
+            add_run(tmp_path, side, percent, seed=seed)
+    add_run(tmp_path, "top", 12.5, seed=1)
+    add_run(tmp_path, "bottom", 12.5, seed=2)
+    add_run(tmp_path, "top", 25, seed=1)
+    add_run(tmp_path, "bottom", 25, seed=1, variant="max_length=32")
+    for side in ("top", "bottom"):
+        add_run(tmp_path, side, 100 / 3, seed=2)
+
+    def chosen(asked: dict) -> list[tuple]:
+        (four,) = figure1.choose(tmp_path, asked).values()
+        return [(run.side, round(run.percent), run.seed) for run in four]
+
+    assert chosen({}) == [("none", 0, 2), ("top", 33, 2), ("bottom", 33, 2), ("all", 100, 2)]
+    assert chosen({"percent": 33.3333}) == chosen({})
+    assert chosen({"percent": 50.0}) == [("none", 0, 1), ("top", 50, 1), ("bottom", 50, 1), ("all", 100, 1)]
+
+
+# A dot's place tells its class here, and its colour and marker must be those of that class in the legend.
+def test_each_class_looks_like_its_name_in_the_legend() -> None:
+    names = {label: f"class {label}" for label in range(20)}
+    numbers = pd.DataFrame([*PANELS], columns=["side", "percent"]).assign(model="bert", dataset="tfnt", variant="")
+    numbers = numbers.assign(run=range(4), f1=[94.126, 93, 92, 80], silhouette=-0.0001, knn_accuracy=87.5, rows=20)
+    places = pd.DataFrame({"label": range(20), "x": range(20), "y": 0.0})
+    figure = figure1.draw(numbers, pd.concat([places.assign(run=run) for run in range(4)]), names)
+    (legend,) = figure.legends
+    shown = {
+        text.get_text(): (to_hex(handle.get_color()), handle.get_marker())
+        for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
+    }
+    assert list(shown) == list(names.values())
+    assert len(set(shown.values())) == 20
+
+    def outline(marker: str) -> list:
+        style = MarkerStyle(marker)
+        return style.get_path().transformed(style.get_transform()).vertices.tolist()
+
+    for axes in figure.axes:
+        dots = [
+            (round(place[0]), to_hex(colour), scatter.get_paths()[0].vertices.tolist())
+            for scatter in axes.collections
+            for place, colour in zip(scatter.get_offsets(), scatter.get_edgecolors(), strict=True)
+        ]
+        assert sorted(dots) == [(i, shown[name][0], outline(shown[name][1])) for i, name in names.items()]
+    assert [axes.get_title() for axes in figure.axes] == ["(a) 0 %", "(b) 25 % top", "(c) 25 % bottom", "(d) 100 %"]
+    assert figure.axes[0].get_xlabel() == "F1 94.13 %\nsilhouette 0.000   15-NN 87.50 %"
+
+
+def swap_labels(folder: Path) -> None:
+    predictions = pd.read_csv(folder / "predictions.csv.gz")
+    predictions.assign(label=1 - predictions["label"]).to_csv(folder / "predictions.csv.gz", index=False)
+
+
+def other_classes(folder: Path) -> None:
+    (folder / "result.json").write_text('{"data": {"rows_per_class": {"test": {"World": 39, "Sports": 1}}}}')
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
+
+
+# Threads add up in an order of their own, which t-SNE would show.
+def test_the_number_of_threads_changes_no_dot() -> None:
+    vectors = np.random.default_rng(0).normal(size=(200, 60)).astype(np.float32)
+    with threadpool_limits(1):
+        one = figure1.embed(vectors)
+    with threadpool_limits(2):
+        two = figure1.embed(vectors)
+    assert (one == two).all()
+
+
+# A model that collapsed gives every row the same vector: a figure all the same, and no warning.
+@pytest.mark.filterwarnings("error")
+def test_a_collapsed_model_is_one_dot() -> None:
+    assert not figure1.embed(np.full((40, 3), 0.1, dtype=np.float32)).any()
+
+
+# What is wrong with the run of 25 % top, or with the flags, and what the one line on stderr must say.
+BAD = {
+    "no results": (lambda top: (top.parents[1] / "results.csv").unlink(), [], "run python aggregate.py first"),
+    "no vectors": (
+        lambda top: [p.unlink() for p in top.parent.glob("*/vectors.npy")],
+        [],
+        "run python grid.py --preset",
+    ),
+    "three panels": (lambda top: (top / "vectors.npy").unlink(), [], "org/bert on ag_news (0 %, 25 % bottom, 100 %)"),
+    "unknown model": (lambda top: None, ["--model", "bart"], "no figure --model bart: "),
+    "unknown data set": (lambda top: None, ["--dataset", "sst2"], "no figure --dataset sst2: "),
+    "unknown degree": (lambda top: None, ["--percent", "50"], "(0 %, 25 % top, 25 % bottom, 100 %)"),
+    "not a number": (lambda top: np.save(top / "vectors.npy", np.full((40, 3), np.nan)), [], "not finite numbers"),
+    "too few rows": (lambda top: np.save(top / "vectors.npy", np.ones((39, 3))), [], "(39, 3) for 40 rows"),
+    "cut vectors": (lambda top: cut(top / "vectors.npy"), [], "delete it and do the run again"),
+    "cut predictions": (lambda top: cut(top / "predictions.csv.gz"), [], "delete it and do the run again"),
+    "old result": (lambda top: (top / "result.json").write_text('{"data": {}}'), [], "KeyError: 'rows_per_class'"),
+    "a pickle": (lambda top: np.save(top / "vectors.npy", np.array([{}] * 40)), [], "Python objects in dtype"),
+    "other classes": (other_classes, [], "has not the rows of each class in result.json"),
+    "other rows": (swap_labels, [], "the runs of org/bert on ag_news have other test rows"),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD)
+def test_bad_input_is_one_line(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    spoil, flags, expected = BAD[wrong]
+    if not flags and wrong not in ("no results", "no vectors", "three panels"):
+        add_four(tmp_path, dataset="a_good_one")  # it would be drawn first if not all were checked before
+    spoil(add_four(tmp_path)[1])
+    there = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=r"^2$"):
+        call(monkeypatch, tmp_path, *flags)
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("figure1.py: error: ") and expected in err
+    assert sorted(tmp_path.rglob("*")) == there
