@@ -50,6 +50,10 @@ class ModelError(ValueError):
     """A model that cannot be had or broken as asked; the message says what is wrong and what is allowed."""
 
 
+class ModelNotFound(ModelError):
+    """A hub model that is neither on this machine nor to be had from the hub."""
+
+
 # ---- Which model ----
 
 
@@ -95,7 +99,7 @@ def fetch(name: str) -> Path:
     try:
         HfApi().model_info(name, timeout=3)  # tells within seconds if there is no hub, which a download does not
     except (HFValidationError, RepositoryNotFoundError) as error:
-        raise ModelError(f"unknown model {name!r}: give minilm, a local folder, or a hub id") from error
+        raise ModelNotFound(f"unknown model {name!r}: give minilm, a local folder, or a hub id") from error
     except Exception as error:  # the hub's client lets its HTTP library's own errors through
         problem = one_line(error) or type(error).__name__
     try:
@@ -103,7 +107,7 @@ def fetch(name: str) -> Path:
             name, local_files_only=problem is not None, allow_patterns=MODEL_FILES, ignore_patterns="*/*"
         )
     except OSError as error:
-        raise ModelError(
+        raise ModelNotFound(
             f"{name!r} is not on this machine and the hub cannot be reached ({problem or one_line(error)}): give "
             "--model minilm (embedded), a local folder, or fill the Hugging Face cache where there is a connection"
         ) from error

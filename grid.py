@@ -250,22 +250,22 @@ def steps(run: train.Run) -> int:
 
 def do_runs(flag_lists: list[list[str]], keep_features: bool = False) -> list[str]:
     """Do the runs that are missing; returns a line for each that failed."""
-    runs, failures, planned, unusable = [], [], set(), {}
+    runs, failures, planned = [], [], set()
+    lost: dict[str, Exception] = {}  # models and data sets that cannot be had, asked for once: a silent hub takes time
     for flags in flag_lists:
         args, training_args = train.parse(flags)
         try:
-            if known := unusable.get(args.model) or unusable.get(args.dataset):
-                raise known
+            if reason := lost.get(args.model) or lost.get(args.dataset):
+                raise reason
             run = train.plan(flags)
             if run.folder not in planned and train.result_of(run) is None:
                 runs.append(run)
             planned.add(run.folder)  # flags that go to every run can make two of them one
         except train.BAD_INPUT as error:
-            # a hub that does not answer is asked once for each model and data set
             if isinstance(error, data_prep.DataError):
-                unusable[args.dataset] = error
-            elif not (Path(args.model).is_dir() or args.model == "minilm") and "frac" not in str(error):
-                unusable[args.model] = error
+                lost[args.dataset] = error
+            elif isinstance(error, train.corrupt.ModelNotFound):
+                lost[args.model] = error
             failures.append(f"python train.py {shlex.join(flags)}: {error}")
             if len(failures) == len(flag_lists):
                 raise  # not one run can be started

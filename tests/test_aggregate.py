@@ -442,6 +442,11 @@ def changed(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({name: value for name, value in {**result, **changes}.items() if value != "gone"}))
 
 
+def line_cut_off(run: Path) -> None:
+    (run / "epochs.csv").write_text("epoch,weighted_f1_half_a,weighted_f1_half_b\n1,0.82,0.82\n2,0.84")
+    changed(run / "result.json", epochs=2)
+
+
 BAD = {
     "result cut off": (lambda run: cut_off(run / "result.json"), "result.json"),
     "result no object": (lambda run: (run / "result.json").write_text("[]"), "result.json"),
@@ -451,6 +456,7 @@ BAD = {
     "a newer version": (lambda run: changed(run / "result.json", settings={"numbers": 99}), "of version 99"),
     "no epochs": (lambda run: (run / "epochs.csv").unlink(), "epochs.csv"),
     "epochs cut off": (lambda run: cut_off(run / "epochs.csv"), "epochs.csv"),
+    "a line cut off": (line_cut_off, "epochs.csv"),
     "an epoch too few": (lambda run: changed(run / "result.json", epochs=2), "1 epochs of 2"),
     "no predictions": (lambda run: (run / "predictions.csv.gz").unlink(), "predictions.csv.gz"),
     "predictions cut off": (lambda run: cut_off(run / "predictions.csv.gz"), "predictions.csv.gz"),

@@ -54,3 +54,19 @@ def test_cost_of_a_run(tmp_path: Path) -> None:
     probe, encoded = [*flags, "--tuning", "probe"], set()
     assert grid.cost(probe, encoded) == (2_767 * 64, 2 * weights * 2_767 * 64)
     assert grid.cost([*probe, "--learning_rate", "2e-5"], encoded) == (0, 0)
+
+
+# A model that cannot be had is asked for once, not for each of its runs; not one run is left, so the reason is told.
+def test_a_model_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(grid.train.corrupt.HfApi, "model_info", lambda *_, **__: asked.append(1) or 1 / 0)
+    flags = ["--preset", "table1", "--model", "no-such/model", "--dataset", "rte", "--percent", "0"]
+    monkeypatch.setitem(grid.SHAPES, "no-such/model", (12, 768))
+    monkeypatch.setattr("sys.argv", ["grid.py", *flags, "--output_dir", str(tmp_path), "--data_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_info:
+        grid.main()
+    assert exit_info.value.code == 2 and len(asked) == 1 and not list(tmp_path.iterdir())
+    assert "'no-such/model' is not on this machine" in capsys.readouterr().err

@@ -214,6 +214,8 @@ BERT = '{"model_type": "bert", "architectures": ["BertModel"]}'
         (["--no_such_flag", "1"], "unknown flag --no_such_flag"),
         (["--learning_rat", "1"], "unknown flag --learning_rat"),
         (["--eval_strategy", "steps"], "fixed to epoch"),
+        (["--pooling", "max"], "invalid choice"),
+        (["--tuning", "probe", "--save_vectors"], "need --tuning full"),
         (["--eval_delay", "2"], "fixed to 0"),
         (["--num_train_epochs", "0"], "not above 0"),
         (["--num_train_epochs", "nan"], "not above 0"),
