@@ -176,17 +176,20 @@ def test_the_cache_is_bounded(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["a", "b"]
 
 
-# The vectors that are kept are the library's hidden states of the saved model at [CLS], row by row.
-def test_saved_vectors(tiny_bert: Path, small_data: Path, tmp_path: Path) -> None:
+# The vectors that are kept are the library's hidden states of the saved model, row by row: at [CLS], or their mean
+# over the other tokens.
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_saved_vectors(pooling: str, tiny_bert: Path, small_data: Path, tmp_path: Path) -> None:
     flags = ["--model", str(tiny_bert), "--dataset", "rotten_tomatoes", "--data_dir", str(small_data), "--save_model"]
     flags += ["--save_vectors", "--num_train_epochs", "1", "--output_dir", str(tmp_path), "--disable_tqdm", "True"]
-    run = train.plan(flags)
+    run = train.plan([*flags, "--pooling", pooling])
     train.execute(run)
     vectors = np.load(run.folder / "vectors.npy", allow_pickle=False)
     model, tokenizer = (kind.from_pretrained(run.folder / "model") for kind in (AutoModel, AutoTokenizer))
     for row, text in enumerate(data_prep.load("rotten_tomatoes", small_data)["test"]["text"]):
         tokens = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
         with torch.no_grad():
-            expected = model.eval()(**tokens).last_hidden_state[0, 0].numpy()
-        np.testing.assert_allclose(vectors[row], expected, atol=1e-5)
-    assert json.loads((run.folder / "result.json").read_text())["settings"]["pooling"] == "cls"
+            hidden = model.eval()(**tokens).last_hidden_state[0]
+        expected = hidden[0] if pooling == "cls" else hidden[1:].mean(0)
+        np.testing.assert_allclose(vectors[row], expected.numpy(), atol=1e-5)
+    assert json.loads((run.folder / "result.json").read_text())["settings"]["pooling"] == pooling
