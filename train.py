@@ -295,6 +295,8 @@ class PairedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler:
         sampler = super()._get_train_sampler(self.train_dataset)  # which, unlike the argument, still has the lengths
+        if self.args.train_sampling_strategy == "group_by_length":
+            sampler.lengths = list(sampler.lengths)  # it asks for one at a time, slow from Arrow: seconds an epoch
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler.generator = corrupt.stream(seed, "data order")
         return sampler

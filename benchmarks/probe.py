@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel, Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -34,15 +35,20 @@ def seconds(tuning: str, data_dir: str, output_dir: str) -> float:
         trainer, _, _ = train.make_trainer(run, data_prep.load("rotten_tomatoes", data_dir))
         trainer.args.output_dir = f"{output_dir}/checkpoints"
         if tuning == "full":
-            load = trainer.model_init
-            trainer.model_init = lambda load=load: frozen(load())
+            freeze(trainer)
         trainer.train()
     return time.perf_counter() - started
 
 
-def frozen(model: torch.nn.Module) -> torch.nn.Module:
-    model.base_model.requires_grad_(False)
-    return model
+def freeze(trainer: Trainer) -> None:
+    load = trainer.model_init
+
+    def model_init() -> PreTrainedModel:
+        model = load()
+        model.base_model.requires_grad_(False)
+        return model
+
+    trainer.model_init = model_init
 
 
 def main() -> None:
