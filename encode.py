@@ -53,23 +53,24 @@ def made_once(parts: datasets.DatasetDict, function: Callable, folder: Path, **o
                 except (pa.ArrowInvalid, OSError) as error:
                     print(f"{folder} cannot be read ({corrupt.one_line(error)}): making it again", file=sys.stderr)
                     shutil.rmtree(folder)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            for part, rows in parts.items():
-                rows.map(
-                    function,
-                    batched=True,
-                    load_from_cache_file=False,
-                    cache_file_name=str(aside / f"{part}.arrow"),
-                    new_fingerprint=key_of({"folder": folder.name, "part": part}),  # spares it hashing the function
-                    **options,
-                )
-            aside.rename(folder)
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+                for part, rows in parts.items():
+                    rows.map(
+                        function,
+                        batched=True,
+                        load_from_cache_file=False,
+                        cache_file_name=str(aside / f"{part}.arrow"),
+                        new_fingerprint=key_of({"folder": folder.name, "part": part}),  # spares it hashing the function
+                        **options,
+                    )
+                aside.rename(folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
             return read()
     except OSError as error:
         raise data_prep.DataError(f"{folder} cannot be written: {corrupt.one_line(error)}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def lock_of(folder: Path) -> Path:
@@ -78,20 +79,20 @@ def lock_of(folder: Path) -> Path:
 
 def trim(cache: Path, limit: int = FEATURE_CACHE_BYTES) -> None:
     """Delete the entries of the cache that were used longest ago, until it holds at most `limit` bytes."""
-    entries = sorted(
-        (path for path in cache.glob("*") if path.is_dir() and not path.name.startswith(".")),
-        key=lambda path: path.stat().st_mtime_ns,
-        reverse=True,
-    )
-    held = 0
-    for entry in entries:
-        held += sum(file.stat().st_size for file in entry.glob("*"))
-        if held > limit and entry != entries[0]:
-            try:
+    try:
+        entries = sorted(
+            (path for path in cache.glob("*") if path.is_dir() and not path.name.startswith(".")),
+            key=lambda path: path.stat().st_mtime_ns,
+            reverse=True,
+        )
+        held = 0
+        for entry in entries:
+            held += sum(file.stat().st_size for file in entry.glob("*"))
+            if held > limit and entry != entries[0]:
                 with FileLock(lock_of(entry), timeout=0):
                     shutil.rmtree(entry)
-            except Timeout:
-                continue  # somebody is opening it
+    except (Timeout, FileNotFoundError):
+        return  # somebody else is using the cache or emptying it: the next probe trims it
 
 
 # ---- Tokens ----

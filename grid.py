@@ -121,6 +121,8 @@ def jobs(preset: tuple[Cells, ...], axes: dict[str, tuple]) -> list[list[str]]:
     found: dict[tuple[str, ...], list[str]] = {}
     for cells in preset:
         cells = replace(cells, **axes)
+        if unknown := set(cells.dataset) - set(data_prep.DATASETS):
+            raise data_prep.DataError(f"unknown data set {min(unknown)!r}: choose from {', '.join(data_prep.DATASETS)}")
         kind = [("--pooling", cells.pooling), ("--tuning", cells.tuning)]
         kind = [word for flag, value in kind if value not in ("cls", "full") for word in (flag, value)]
         for model in cells.model:
@@ -280,13 +282,15 @@ def do_runs(flag_lists: list[list[str]], keep_features: bool = False) -> list[st
         for number, run in enumerate(runs, 1):
             bar.set_description(f"run {number}/{len(runs)}")
             run.training_args.disable_tqdm = True
+            if train.result_of(run):  # another process has done it since it was planned
+                continue
             try:
                 bar.write(train.summary(run, train.execute(run, callbacks=(Progress(bar),))))
             except Exception as error:
                 failures.append(f"{run.folder}: {type(error).__name__}: {train.corrupt.one_line(error)}")
                 bar.write(f"failed: {failures[-1]}")
             gc.collect()  # a Trainer is full of cycles: without this, models pile up
-    if not keep_features:
+    if not keep_features and any(run.args.tuning == "probe" for run in runs):
         shutil.rmtree(Path(training_args.output_dir) / "features", ignore_errors=True)
     return failures
 
@@ -306,7 +310,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", nargs="+", type=kind, choices=sides, default=argparse.SUPPRESS, help=text)
     parser.add_argument("--dry_run", action="store_true", help="list the runs and what they cost, and do none")
     parser.add_argument("--keep_features", action="store_true", help="keep the probes' encoder outputs on disk")
-    args, shared = parser.parse_known_args()
+    try:
+        args, shared = parser.parse_known_args()
+    except ZeroDivisionError:
+        parser.error("--percent divides by zero: give a percentage of the layers, such as 50 or 100/3")
     train.quieten()
     axes = {name: tuple(getattr(args, name)) for name in AXES if name in args}
     try:

@@ -330,7 +330,8 @@ def make_trainer(run: Run, data: datasets.DatasetDict) -> tuple[PairedTrainer, n
     tokenizer = corrupt.load_tokenizer(run.model_folder)
     names = data["train"].features["label"].names
     half = halves(np.array(data["test"]["label"]))
-    tokens = {name: run.settings[name] for name in ("data_fingerprint", "model_fingerprint", "max_length")}
+    tokens = {name: run.settings[name] for name in ("numbers", "data_fingerprint", "model_fingerprint", "max_length")}
+    tokens |= {name: version(name) for name in ("transformers", "tokenizers")}
     folder = Path(args.data_dir) / args.dataset / f"tokens-{encode.key_of(tokens)}"
     data, order = encode.tokenised(data, tokenizer, args.max_length, folder)
     half = half[order]
@@ -393,7 +394,7 @@ def encoder_settings(run: Run) -> dict:
     """All that a frozen encoder's outputs depend on."""
     names = ("numbers", "model_fingerprint", "side", "frac", "kaiming_a", "seed", "data_fingerprint", "pooling")
     names += ("max_length", "per_device_eval_batch_size", "bf16", "fp16", "tf32")
-    packages = {name: version(name) for name in ("torch", "transformers")}
+    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     return {name: run.settings[name] for name in names} | packages | {"device": device_of(run)}
 
 
