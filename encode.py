@@ -1,10 +1,9 @@
-"""What stands between a prepared data set and the head: token ids, the pooling hook, the probe's encoder outputs.
+"""What is computed once and read by many runs: token ids, and the encoder's outputs for a linear probe.
 
 Tokens are made once for each (data set, tokenizer, length), the encoder's outputs for a linear probe once for each
 (model, corruption, data set, pooling). Whoever comes first makes them, the others wait and read them from disk.
 """
 
-import inspect
 import json
 import shutil
 import sys
@@ -117,40 +116,10 @@ def tokenised(
     return data, order
 
 
-# ---- Pooling (Table 3) ----
-
-
-def encoder_of(model: PreTrainedModel) -> nn.Module:
-    """The module that runs the encoder's list of layers; its output is what pooler and head read."""
-    layers = corrupt.encoder_layers(model)
-    return next(module for module in model.base_model.modules() if any(child is layers for child in module.children()))
-
-
-def pool_mean(model: PreTrainedModel) -> None:
-    """Put the mean over the non-[CLS], non-padding positions in the place of position 0, before pooler and head.
-
-    The paper's section A.1, for every architecture whose pooler or head reads position 0. [CLS] is the first position
-    that is not padding, [SEP] counts as a token. In place: the model has the hook from then on.
-    """
-    mask = None
-
-    def remember_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal mask
-        mask = inspect.signature(module.forward).bind(*args, **kwargs).arguments.get("attention_mask")
-
-    def replace_first(module: nn.Module, args: tuple, output: ModelOutput | tuple) -> ModelOutput | tuple:
-        hidden = output[0]  # (rows, positions, hidden size)
-        real = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.to(hidden.dtype)
-        body = real.scatter(1, real.argmax(dim=1, keepdim=True), 0).unsqueeze(-1)
-        mean = (hidden * body).sum(dim=1, keepdim=True) / body.sum(dim=1, keepdim=True)
-        pooled = torch.cat([mean.to(hidden.dtype), hidden[:, 1:]], dim=1)
-        if isinstance(output, tuple):
-            return (pooled, *output[1:])
-        output["last_hidden_state"] = pooled
-        return output
-
-    model.base_model.register_forward_pre_hook(remember_mask, with_kwargs=True)
-    encoder_of(model).register_forward_hook(replace_first)
+def ids_in_use(data: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The token ids that stand in either split, and the padding's, sorted."""
+    ids = [rows.data.column("input_ids").combine_chunks().flatten().unique().to_numpy() for rows in data.values()]
+    return np.unique(np.concatenate([*ids, [tokenizer.pad_token_id]]))
 
 
 # ---- The linear probe's features (Table 4) ----

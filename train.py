@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -30,7 +30,7 @@ from functools import lru_cache
 from hashlib import file_digest, sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's matrix products do not repeat
 
@@ -56,8 +56,9 @@ from transformers import (
 import corrupt
 import data_prep
 import encode
+import pack
 
-NUMBERS = 1  # raise it when this code would give other numbers for the same settings: results are then made again
+NUMBERS = 2  # raise it when this code would give other numbers for the same settings: results are then made again
 METRIC = Path(__file__).parent / "metrics" / "weighted_f1"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "numpy")
 
@@ -92,7 +93,6 @@ DEFAULTS = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "seed": 0,
-    "train_sampling_strategy": "group_by_length",
     "accelerator_config": {"use_seedable_sampler": False},  # it would take the place of our data order's stream
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
@@ -131,6 +131,9 @@ class RunArguments:
     )
     max_length: int = field(default=64, metadata={"help": "tokens; longer inputs are truncated"})
     kaiming_a: float = field(default=0.0, metadata={"help": "negative slope of Kaiming's leaky ReLU"})
+    plain: bool = field(
+        default=False, metadata={"help": "the library's own encoder, with padding: slower, other rounding and dropout"}
+    )
     data_dir: str = field(default="data", metadata={"help": "where data_prep.py put the prepared sets"})
     save_model: bool = field(default=False, metadata={"help": "keep the best epoch's weights in the run's folder"})
     save_vectors: bool = field(
@@ -222,6 +225,7 @@ def plan(flags: list[str]) -> Run:
         "pooling": args.pooling,
         "tuning": args.tuning,
         "max_length": args.max_length,
+        "plain": args.plain,
         **training_settings(training_args),
     }
     folder = Path(training_args.output_dir) / "runs" / run_name(settings)
@@ -246,7 +250,8 @@ def training_settings(training_args: TrainingArguments) -> dict:
 @lru_cache(maxsize=1)
 def default_settings() -> dict:
     args, training_args = parse([])
-    return {"max_length": args.max_length, "kaiming_a": args.kaiming_a, **training_settings(training_args)}
+    own = {name: getattr(args, name) for name in ("max_length", "kaiming_a", "plain")}
+    return own | training_settings(training_args)
 
 
 def run_name(settings: dict) -> str:
@@ -316,17 +321,59 @@ class StopIfDiverged(TrainerCallback):
                 raise RunError(f"diverged: {name} is {logs[name]} in epoch {state.epoch:g}; lower --learning_rate")
 
 
+class Clock(TrainerCallback):
+    """Counts the seconds of the optimizer steps, without evaluations and checkpoints."""
+
+    def __init__(self) -> None:
+        self.trained = 0.0
+
+    def on_epoch_begin(self, *_: object, **__: object) -> None:
+        self.last = time.perf_counter()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        now = time.perf_counter()
+        self.trained, self.last = self.trained + now - self.last, now
+
+
 def halves(labels: np.ndarray) -> np.ndarray:
     """0 or 1 for each row: two fixed halves of the test split, of the same class shares (odd ones go to half 0)."""
     return pd.Series(labels).groupby(labels).cumcount().to_numpy() % 2
 
 
-def make_trainer(run: Run, data: datasets.DatasetDict) -> tuple[PairedTrainer, np.ndarray, dict]:
-    """The Trainer, the test split's row numbers in the order in which it predicts, and the corruption's manifest.
+@lru_cache(maxsize=1)
+def broken(
+    folder: Path, side: str, frac: Fraction | None, seed: int, kaiming_a: float, label_names: tuple[str, ...]
+) -> tuple[transformers.PreTrainedModel, dict]:
+    """`corrupt.load_broken`, kept for the next run of the same cell; to be copied before it is trained."""
+    labels = dict(enumerate(label_names))
+    label2id = {name: label for label, name in labels.items()}
+    return corrupt.load_broken(folder, side, frac, seed, kaiming_a, id2label=labels, label2id=label2id)
 
-    The manifest is filled when the model is loaded.
-    """
-    args = run.args
+
+@lru_cache(maxsize=2)
+def prepared(dataset: str, data_dir: str, fingerprint: str) -> datasets.DatasetDict:
+    """`data_prep.load`, kept for the next run on the same rows."""
+    return data_prep.load(dataset, data_dir)
+
+
+@lru_cache(maxsize=1)
+def metric() -> evaluate.EvaluationModule:
+    return evaluate.load(str(METRIC), keep_in_memory=True)
+
+
+class Setup(NamedTuple):
+    """A Trainer that is ready to train, and what is known of its run besides."""
+
+    trainer: PairedTrainer
+    order: np.ndarray  # the test split's row numbers in the order in which it predicts
+    corruption: dict  # the corruption's manifest
+    speed: dict  # what was left out of the library's way
+    predicted: list[np.ndarray]  # filled by each evaluation: the predicted class of each row, in `order`
+    put_back: Callable[[], None]  # gives the model its whole embedding back
+
+
+def make_trainer(run: Run, data: datasets.DatasetDict) -> Setup:
+    args, device = run.args, run.training_args.device
     tokenizer = corrupt.load_tokenizer(run.model_folder)
     names = data["train"].features["label"].names
     half = halves(np.array(data["test"]["label"]))
@@ -335,50 +382,52 @@ def make_trainer(run: Run, data: datasets.DatasetDict) -> tuple[PairedTrainer, n
     folder = Path(args.data_dir) / args.dataset / f"tokens-{encode.key_of(tokens)}"
     data, order = encode.tokenised(data, tokenizer, args.max_length, folder)
     half = half[order]
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
-    corruption: dict = {}
 
-    def model_init() -> transformers.PreTrainedModel:
-        model, manifest = corrupt.load_broken(
-            run.model_folder,
-            args.corrupt,
-            args.frac,
-            run.training_args.seed,
-            args.kaiming_a,
-            id2label=dict(enumerate(names)),
-            label2id={name: label for label, name in enumerate(names)},
-        )
-        corruption.update(manifest)
-        if args.pooling == "mean":
-            encode.pool_mean(model)
-        return model
+    seed = run.training_args.seed
+    model, corruption = broken(run.model_folder, args.corrupt, args.frac, seed, args.kaiming_a, tuple(names))
+    model, put_back = copy.deepcopy(model), lambda: None
+    quick = not args.plain and device.type == "cpu"  # none of it has been measured on a GPU
+    packed = quick and model.config.model_type in pack.PACKABLE
+    adam = run.training_args.optim in ("adamw_torch", "adamw_torch_fused") and run.training_args.weight_decay == 0
+    speed = {"packed": packed, "quick_dropout": quick, "embedding_rows": "all"}
+    if packed:
+        pack.pack(model, args.pooling)
+    elif args.pooling == "mean":
+        pack.pool_mean(model)
+    if quick:
+        pack.use_quick_dropout(model)
+    if quick and adam and args.tuning == "full":
+        ids = encode.ids_in_use(data, tokenizer)
+        speed["embedding_rows"] = f"{len(ids)} of {model.get_input_embeddings().num_embeddings}"
+        put_back = pack.use_rows(model, ids)
 
-    load, collator = model_init, DataCollatorWithPadding(tokenizer)
+    collator = DataCollatorWithPadding(tokenizer)
     if args.tuning == "probe":
-        head = model_init()
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}
         autocast = next((dtype for name, dtype in precision.items() if getattr(run.training_args, name)), None)
         data = encode.probe_features(
-            head,
+            model,
             data,
             tokenizer,
             Path(run.training_args.output_dir) / "features" / encode.key_of(encoder_settings(run)),
             run.training_args.per_device_eval_batch_size,
-            run.training_args.device,
+            device,
             autocast,
         )
-        load, collator = lambda: copy.deepcopy(head), default_data_collator
+        collator = default_data_collator
+    predicted: list[np.ndarray] = []
 
     def compute_metrics(evaluated: transformers.EvalPrediction) -> dict[str, float]:
-        predicted, labels = evaluated.predictions.argmax(-1), evaluated.label_ids
-        scores = metric.compute(predictions=predicted, references=labels)
+        classes, labels = evaluated.predictions.argmax(-1), evaluated.label_ids
+        predicted.append(classes)
+        scores = metric().compute(predictions=classes, references=labels)
         for name, part in (("half_a", half == 0), ("half_b", half == 1)):
-            part_scores = metric.compute(predictions=predicted[part], references=labels[part])
+            part_scores = metric().compute(predictions=classes[part], references=labels[part])
             scores[f"weighted_f1_{name}"] = part_scores["weighted_f1"]
         return scores
 
     trainer = PairedTrainer(
-        model_init=load,
+        model_init=lambda: model,  # asked for twice, at first and when training begins: nothing trains it in between
         args=run.training_args,
         data_collator=collator,
         train_dataset=data["train"],
@@ -387,13 +436,13 @@ def make_trainer(run: Run, data: datasets.DatasetDict) -> tuple[PairedTrainer, n
         compute_metrics=compute_metrics,
         callbacks=[StopIfDiverged()],
     )
-    return trainer, order, corruption
+    return Setup(trainer, order, corruption, speed, predicted, put_back)
 
 
 def encoder_settings(run: Run) -> dict:
     """All that a frozen encoder's outputs depend on."""
     names = ("numbers", "model_fingerprint", "side", "frac", "kaiming_a", "seed", "data_fingerprint", "pooling")
-    names += ("max_length", "per_device_eval_batch_size", "bf16", "fp16", "tf32")
+    names += ("max_length", "plain", "per_device_eval_batch_size", "bf16", "fp16", "tf32")
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     return {name: run.settings[name] for name in names} | packages | {"device": device_of(run)}
 
@@ -410,7 +459,7 @@ def device_of(run: Run) -> dict:
 def position_0(model: transformers.PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     """A list that fills, batch by batch, with the encoder's output at position 0: what pooler and head read."""
     seen: list[torch.Tensor] = []
-    hook = encode.encoder_of(model).register_forward_hook(lambda *call: seen.append(call[2][0][:, 0].float().cpu()))
+    hook = pack.encoder_of(model).register_forward_hook(lambda *call: seen.append(call[2][0][:, 0].float().cpu()))
     yield seen
     hook.remove()
 
@@ -441,50 +490,54 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
     try:
         for left_over in (checkpoints, run.folder / "model"):  # of a run that was killed, or of other settings
             shutil.rmtree(left_over, ignore_errors=True)
-        data = data_prep.load(run.args.dataset, run.args.data_dir)
         if data_prep.manifest(run.args.dataset, run.args.data_dir)["fingerprint"] != run.settings["data_fingerprint"]:
             raise RunError(f"{run.args.dataset} was prepared anew after this run was planned: start it again")
+        data = prepared(run.args.dataset, run.args.data_dir, run.settings["data_fingerprint"])
         run.training_args._n_gpu = min(run.training_args.n_gpu, 1)  # DataParallel would change the batch
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % of the time and repeats nothing
-        trainer, order, corruption = make_trainer(run, data)
+        setup = make_trainer(run, data)
+        trainer, clock = setup.trainer, Clock()
+        trainer.add_callback(clock)
         run.training_args.output_dir = str(checkpoints)
         if callbacks:
             trainer.remove_callback(PrinterCallback)
         for callback in callbacks:
             trainer.add_callback(callback)
-        loaded = time.perf_counter()
         trainer.train()
-        trained = time.perf_counter()
+        setup.put_back()
 
         epochs = epoch_table(trainer.state.log_history)
         best = epochs.to_dict("records")[epochs["weighted_f1"].idxmax()]
-        predicted = trainer.predict(trainer.eval_dataset)
-        if predicted.metrics["test_weighted_f1"] != best["weighted_f1"]:
-            raise RunError(
-                f"the best epoch's weights give a weighted F1 of {predicted.metrics['test_weighted_f1']} when read "
-                f"back, not {best['weighted_f1']}: this machine does not compute the same twice"
-            )
-        predictions = pd.DataFrame({"label": predicted.label_ids, "prediction": predicted.predictions.argmax(-1)})
-        predictions = predictions.set_index(pd.Index(order, name="row")).sort_index()
+        best_classes = setup.predicted[epochs["weighted_f1"].idxmax()]
+        predictions = pd.DataFrame({"label": trainer.eval_dataset["label"], "prediction": best_classes})
+        predictions = predictions.set_index(pd.Index(setup.order, name="row")).sort_index()
 
-        if run.args.save_vectors:
+        if run.args.save_model or run.args.save_vectors:
             with position_0(trainer.model) as seen:
-                trainer.predict(trainer.eval_dataset)
+                read_back = trainer.predict(trainer.eval_dataset)
+            if (read_back.predictions.argmax(-1) != best_classes).any():
+                raise RunError(
+                    "the best epoch's weights give other predictions when read back: this machine does not compute "
+                    "the same twice"
+                )
+        if run.args.save_vectors:
             with data_prep.whole(run.folder / "vectors.npy") as path, path.open("wb") as file:
-                np.save(file, torch.cat(seen).numpy()[np.argsort(order)], allow_pickle=False)
+                np.save(file, torch.cat(seen).numpy()[np.argsort(setup.order)], allow_pickle=False)
         if run.args.save_model:
             trainer.save_model(str(run.folder / "model"))
         with data_prep.whole(run.folder / "epochs.csv") as path:
             epochs.to_csv(path, index=False)
         with data_prep.whole(run.folder / "predictions.csv.gz") as path:
             predictions.to_csv(path, compression={"method": "gzip", "mtime": 0})
+        total = time.perf_counter() - started
+        evaluated = sum(row.get("eval_runtime", 0) for row in trainer.state.log_history)
         result = {
             "weighted_f1": best["weighted_f1"],
             "accuracy": best["accuracy"],
             "best_epoch": best["epoch"],
             "epochs": len(epochs),
-            "command": shlex.join(["python", "train.py", *run.flags]),
+            "command": f"OMP_NUM_THREADS={torch.get_num_threads()} {shlex.join(['python', 'train.py', *run.flags])}",
             "settings": run.settings,
             "model": {
                 "name": run.args.model,
@@ -493,12 +546,9 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
                 "parameters": trainer.model.num_parameters(),
             },
             "data": {name: run.data[name] for name in ("request", "source", "dropped", "rows", "rows_per_class")},
-            "corruption": corruption,
-            "seconds": {
-                "load": loaded - started,
-                "train_and_evaluate": trained - loaded,
-                "total": time.perf_counter() - started,
-            },
+            "corruption": setup.corruption,
+            "speed": setup.speed,
+            "seconds": {"train": clock.trained, "evaluate": evaluated, "total": total},
             "device": device_of(run),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "commit": git_commit(),

@@ -20,6 +20,7 @@ from transformers import (
 import corrupt
 import data_prep
 import encode
+import pack
 import train
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -65,7 +66,7 @@ def test_mean_pooling(architecture: str, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
     pooled, _ = corrupt.load_broken(folder, "none", None, seed=0, num_labels=3)
     pooled.load_state_dict(model.state_dict())
-    encode.pool_mean(pooled.eval())
+    pack.pool_mean(pooled.eval())
     batches = []
     for side in ("right", "left"):
         tokenizer.padding_side = side
@@ -107,10 +108,10 @@ def test_probe_equals_the_frozen_run(architecture: str, pooling: str, tmp_path: 
         assert np.abs(before - after).max() > 0.01
         return after
 
-    plain, plain_order, _ = train.make_trainer(train.plan(flags), data)
+    plain, plain_order, *_ = train.make_trainer(train.plan(flags), data)
     whole_model = plain.model_init
     plain.model_init = lambda: frozen(whole_model())
-    probe, order, _ = train.make_trainer(train.plan([*flags, "--tuning", "probe"]), data)
+    probe, order, *_ = train.make_trainer(train.plan([*flags, "--tuning", "probe"]), data)
     assert order.tolist() == plain_order.tolist()
     trained = {name for name, _ in probe.model.named_parameters()}
     assert trained == {name for name, weight in plain.model_init().named_parameters() if weight.requires_grad}

@@ -1,0 +1,212 @@
+"""What runs inside the encoder: no padding, the pooling hook, quick dropout masks, and only the embedding rows in use.
+
+A padded batch goes in and the same logits come out, but the encoder's layers see a list of real tokens. How much each
+part saves is in docs/performance.md; `train.py --plain True` leaves all of them out but the pooling.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils import ModelOutput
+
+import corrupt
+
+# Architectures whose layers mix tokens in the attention function alone, which transformers lets one replace.
+PACKABLE = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+STEPS = 2**16  # a dropout probability is rounded to a multiple of 1 / STEPS
+
+
+def encoder_of(model: PreTrainedModel) -> nn.Module:
+    """The module that runs the encoder's list of layers; its output is what pooler and head read."""
+    layers = corrupt.encoder_layers(model)
+    return next(module for module in model.base_model.modules() if any(child is layers for child in module.children()))
+
+
+def mask_of(model: PreTrainedModel) -> Callable[[], torch.Tensor | None]:
+    """Hook the model so that the function returned gives the attention mask of the batch in hand, or None."""
+    mask = None
+
+    def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal mask
+        mask = inspect.signature(module.forward).bind(*args, **kwargs).arguments.get("attention_mask")
+
+    model.base_model.register_forward_pre_hook(remember, with_kwargs=True)
+    return lambda: mask
+
+
+def with_output(output: ModelOutput | tuple, hidden: torch.Tensor) -> ModelOutput | tuple:
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output["last_hidden_state"] = hidden
+    return output
+
+
+# ---- Pooling (Table 3) ----
+
+
+def pool_mean(model: PreTrainedModel) -> None:
+    """Put the mean over the non-[CLS], non-padding positions in the place of position 0, before pooler and head.
+
+    The paper's section A.1, for every architecture whose pooler or head reads position 0. [CLS] is the first position
+    that is not padding, [SEP] counts as a token. In place: the model has the hook from then on.
+    """
+    mask_now = mask_of(model)
+
+    def replace_first(module: nn.Module, args: tuple, output: ModelOutput | tuple) -> ModelOutput | tuple:
+        hidden, mask = output[0], mask_now()  # (rows, positions, hidden size)
+        real = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.to(hidden.dtype)
+        body = real.scatter(1, real.argmax(dim=1, keepdim=True), 0).unsqueeze(-1)
+        mean = (hidden * body).sum(dim=1, keepdim=True) / body.sum(dim=1, keepdim=True)
+        return with_output(output, torch.cat([mean.to(hidden.dtype), hidden[:, 1:]], dim=1))
+
+    encoder_of(model).register_forward_hook(replace_first)
+
+
+# ---- Packing ----
+
+
+class Layout(NamedTuple):
+    """How the rows of a batch lie in the list of its real tokens; the layers get it in the attention mask's place."""
+
+    groups: tuple[tuple[int, int], ...]  # (rows, length): rows of equal length stand together, the shortest first
+    order: torch.Tensor  # (rows,): which row of the batch stands where
+
+
+def pack(model: PreTrainedModel, pooling: str = "cls") -> None:
+    """Let the encoder's layers see the real tokens alone, shape (1, tokens, hidden size); in place.
+
+    Behind the last layer pooler and head get what they read, shape (rows, 1, hidden size): each row's [CLS], or with
+    `pooling` mean the mean of its other tokens, as `pool_mean` gives it. Raises ValueError for an architecture that is
+    not PACKABLE.
+    """
+    if model.config.model_type not in PACKABLE:
+        raise ValueError(f"{model.config.model_type} cannot be packed: choose from {', '.join(PACKABLE)}")
+    layout, mask_now = None, mask_of(model)
+
+    def flatten(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        nonlocal layout
+        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        hidden, mask = call.arguments["hidden_states"], mask_now()
+        real = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask
+        length, order = real.sum(dim=1).sort(stable=True)
+        lengths, rows = length.unique_consecutive(return_counts=True)
+        layout = Layout(tuple(zip(rows.tolist(), lengths.tolist(), strict=True)), order)
+        positions = order[:, None] * hidden.shape[1] + torch.arange(hidden.shape[1], device=hidden.device)
+        tokens = hidden.flatten(0, 1).index_select(0, positions[real[order].bool()])
+        call.arguments |= {"hidden_states": tokens[None], "attention_mask": layout}
+        return call.args, call.kwargs
+
+    def pooled(module: nn.Module, args: tuple, output: ModelOutput | tuple) -> ModelOutput | tuple:
+        rows = rows_of(output[0][0], layout)
+        rows = torch.cat([group[:, 0] if pooling == "cls" else group[:, 1:].mean(dim=1) for group in rows])
+        return with_output(output, rows.index_select(0, layout.order.argsort())[:, None])
+
+    encoder_of(model).register_forward_pre_hook(flatten, with_kwargs=True)
+    encoder_of(model).register_forward_hook(pooled)
+    model.set_attn_implementation("packed")
+
+
+def rows_of(tokens: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
+    """The groups of a list of tokens, shape (tokens, ...), each as (rows, length, ...)."""
+    parts = tokens.split([rows * length for rows, length in layout.groups])
+    return [part.unflatten(0, group) for part, group in zip(parts, layout.groups, strict=True)]
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Layout,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Each row attends to itself, without padding: rows of one length are one batch.
+
+    `query`, `key`, `value` have the shape (1, heads, tokens, head size), the output (1, tokens, heads, head size). An
+    attention function as `transformers.AttentionInterface` wants it.
+    """
+    parts = (rows_of(tensor[0].transpose(0, 1), attention_mask) for tensor in (query, key, value))
+    outputs = []
+    for q, k, v in zip(*parts, strict=True):
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (rows, heads, length, head size)
+        if dropout and q.device.type == "cpu":
+            weights = quick_dropout((q @ k.transpose(2, 3) * scaling).softmax(dim=-1), dropout)
+            output = weights @ v
+        else:
+            output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+AttentionInterface.register("packed", attention)
+
+
+# ---- Dropout ----
+
+
+def quick_dropout(hidden: torch.Tensor, p: float) -> torch.Tensor:
+    """Dropout on a CPU, where torch draws each mask on one thread: the same distribution from another stream.
+
+    One 64-bit draw of SFC64, seeded from torch's global generator, serves four elements. `p` is rounded to a multiple
+    of 1 / 65536, and what is kept is scaled by just the inverse of the probability to keep.
+    """
+    dropped = round(p * STEPS)
+    seed = int(torch.randint(2**63 - 1, ()))
+    draws = np.random.Generator(np.random.SFC64(seed)).integers(2**64, size=-(-hidden.numel() // 4), dtype=np.uint64)
+    draws = torch.from_numpy(draws.view(np.int16)[: hidden.numel()]).view(hidden.shape)
+    keep = (draws >= dropped - STEPS // 2).to(hidden.dtype)
+    return hidden * keep.mul_(STEPS / (STEPS - dropped))
+
+
+class QuickDropout(nn.Dropout):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.training and 0 < self.p < 1 and hidden.device.type == "cpu":
+            return quick_dropout(hidden, self.p)
+        return super().forward(hidden)
+
+
+def use_quick_dropout(model: PreTrainedModel) -> None:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, QuickDropout(child.p))
+
+
+# ---- Embedding ----
+
+
+class RowsInUse(nn.Embedding):
+    """An embedding of some rows of a larger one; ids are still those of the larger one."""
+
+    place: torch.Tensor  # (ids,): where each id's row lies
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.place[ids])
+
+
+def use_rows(model: PreTrainedModel, ids: np.ndarray) -> Callable[[], None]:
+    """Keep only the word embeddings of `ids`, in place; returns a function that puts them back among the others.
+
+    With Adam and no weight decay a row whose token never comes is never changed, so training is the same.
+    """
+    whole, ids = model.get_input_embeddings(), torch.from_numpy(ids)
+    padding = (ids == whole.padding_idx).nonzero().flatten().tolist() if whole.padding_idx is not None else []
+    rows = RowsInUse.from_pretrained(whole.weight.detach()[ids], freeze=False, padding_idx=(padding or [None])[0])
+    place = torch.zeros(whole.num_embeddings, dtype=torch.long).scatter(0, ids, torch.arange(len(ids)))
+    rows.register_buffer("place", place, persistent=False)
+    model.set_input_embeddings(rows)
+
+    def put_back() -> None:
+        with torch.no_grad():
+            whole.to(rows.weight.device).weight[ids.to(rows.weight.device)] = rows.weight
+        model.set_input_embeddings(whole)
+
+    return put_back
