@@ -1,4 +1,4 @@
-"""Do every run that a table needs, one after the other in one process; skip what is already there.
+"""Do every run that a table needs, side by side in processes that stay alive; skip what is already there.
 
     python grid.py --preset paper --dry_run                      # list the 960 runs, and what they cost on this machine
     python grid.py --preset demo
@@ -12,38 +12,23 @@ stop the others; the grid then ends with exit code 1 and names it. The same comm
 """
 
 import argparse
-import gc
-import math
 import shlex
 import shutil
 import sys
-import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 
+import psutil
 import torch
+from loky import as_completed, get_reusable_executor
 from tqdm import tqdm
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
 
+import cost
 import data_prep
 import train
+from cost import Workers
 
-# (encoder layers, hidden size) of models whose cells are known without their files
-SHAPES = {
-    "bert-base-uncased": (12, 768),
-    "bert-large-uncased": (24, 1024),
-    "distilbert-base-uncased": (6, 768),
-    "minilm": (6, 384),
-}
 CLASSIFICATION = ("sst2", "imdb", "ag_news", "emotion", "dbpedia", "tfnt")
 
 
@@ -93,14 +78,6 @@ AXES = {
 }
 
 
-def shape(model: str) -> tuple[int, int]:
-    """The number of encoder layers and the hidden size."""
-    if model in SHAPES:
-        return SHAPES[model]
-    config = train.corrupt.load_config(train.corrupt.find_model(model)[0])
-    return config.num_hidden_layers, config.hidden_size
-
-
 def damages(cells: Cells, layers: int) -> list[list[str]]:
     """The flags of each damage of a model with so many layers, 0 % first."""
     flags = []
@@ -127,7 +104,7 @@ def jobs(preset: tuple[Cells, ...], axes: dict[str, tuple]) -> list[list[str]]:
         kind = [word for flag, value in kind if value not in ("cls", "full") for word in (flag, value)]
         for model in cells.model:
             for dataset in cells.dataset:
-                for damage in damages(cells, shape(model)[0]):
+                for damage in damages(cells, cost.config_of(model).num_hidden_layers):
                     for rate in cells.learning_rate:
                         for seed in cells.seed:
                             flags = ["--model", model, *damage, "--dataset", dataset, *kind, "--learning_rate", rate]
@@ -138,119 +115,66 @@ def jobs(preset: tuple[Cells, ...], axes: dict[str, tuple]) -> list[list[str]]:
     return list(found.values())
 
 
-class Progress(TrainerCallback):
-    """Moves the grid's bar by one for each optimizer step of the run."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self.bar = bar
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self.bar.update()
+# ---- List them ----
 
 
-# ---- What it costs ----
+def is_there(flags: list[str]) -> bool:
+    """Whether the run's result is there; never prepares a data set, without which no result can be."""
+    args, _ = train.parse(flags)
+    return data_prep.is_prepared(args.dataset, args.data_dir) and train.result_of(train.plan(flags)) is not None
 
 
-@lru_cache
-def tokens(dataset: str, data_dir: str, max_length: int) -> tuple[int, int]:
-    """The tokens of the train and of the test split, without padding, as minilm's tokenizer (BERT's own) counts them;
-    of a set that is not prepared at most: Table 2's rows, each of `max_length` tokens."""
-    if data_prep.is_prepared(dataset, data_dir):
-        tokenizer = train.corrupt.load_tokenizer(train.corrupt.find_model("minilm")[0])
-        counts = []
-        for part in data_prep.load(dataset, data_dir).values():
-            texts = [list(part[column]) for column in part.column_names if column != "label"]
-            counts.append(sum(min(len(ids), max_length) for ids in tokenizer(*texts)["input_ids"]))
-        return counts[0], counts[1]
-    spec = data_prep.DATASETS[dataset]
-    test = spec.test_size or sum(spec.test_from.values())
-    train_rows = spec.train_size or sum(spec.train_from.values()) - (0 if spec.test_from else test)
-    return train_rows * max_length, test * max_length
-
-
-def cost(flags: list[str], encoded: set) -> tuple[float, float]:
-    """The tokens that the run's encoder reads, and its floating-point operations.
-
-    These are 2 for each weight and token forward and 4 backward. A frozen encoder reads every row once for all the
-    probes of its cell; `encoded` holds the cells that were counted.
-    """
-    args, training_args = train.parse(flags)
-    layers, hidden = shape(args.model)
-    weights = layers * (12 * hidden**2 + 13 * hidden)
-    in_train, in_test = tokens(args.dataset, args.data_dir, args.max_length)
-    if args.tuning == "probe":
-        cell = (args.model, args.corrupt, args.frac, args.dataset, args.pooling, training_args.seed)
-        if cell in encoded:
-            return 0, 0
-        encoded.add(cell)
-        return in_train + in_test, 2 * weights * (in_train + in_test)
-    epochs = training_args.num_train_epochs
-    trained, evaluated = epochs * in_train, (math.ceil(epochs) + 1) * in_test
-    return trained + evaluated, weights * (6 * trained + 2 * evaluated)
-
-
-def measured_speed() -> float:
-    """Floating-point operations a second of this machine, in steps of training a four-layer BERT; about 5 s."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = BertConfig(hidden_size=384, num_hidden_layers=4, num_attention_heads=12, intermediate_size=1536)
-    model = BertForSequenceClassification(config).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    ids = torch.randint(1000, 2000, (32, 32), device=device)
-    labels, started, done = torch.zeros(32, dtype=torch.long, device=device), 0.0, 0
-    while done < 3 or time.perf_counter() - started < 4:
-        if done == 2:  # warmed up
-            started = time.perf_counter()
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        done += 1
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    weights = 4 * (12 * 384**2 + 13 * 384)
-    return 6 * weights * ids.numel() * (done - 2) / (time.perf_counter() - started)
-
-
-def dry_run(flag_lists: list[list[str]]) -> None:
+def dry_run(flag_lists: list[list[str]], wanted: int | None) -> None:
     """List the runs, each as the command that does it alone, and what those that are missing will cost."""
-    present, read, operations, encoded, absent = 0, 0, 0.0, set(), {}
+    missing, absent = [], {}
     for flags in flag_lists:
         args, _ = train.parse(flags)
+        if not data_prep.is_prepared(args.dataset, args.data_dir):
+            absent[args.dataset] = "not prepared: its tokens are at most those counted"
         done = False
-        try:
-            # planning would prepare a data set that is missing, and without one no result can be there
-            if not data_prep.is_prepared(args.dataset, args.data_dir):
-                absent[args.dataset] = "not prepared: its tokens are at most those counted"
-            elif args.model not in absent:
-                done = train.result_of(train.plan(flags)) is not None
-        except train.corrupt.ModelError:
-            absent[args.model] = "not on this machine yet"
+        if args.model not in absent:
+            try:
+                done = is_there(flags)
+            except train.corrupt.ModelError:
+                absent[args.model] = "not on this machine yet"
         if not done:
-            read, operations = (a + b for a, b in zip((read, operations), cost(flags, encoded), strict=True))
-        present += done
+            missing.append(flags)
         print(f"{'done   ' if done else 'missing'} python train.py {shlex.join(flags)}")
     for name, how in absent.items():
         print(f"{name} is {how}")
-    print(f"{len(flag_lists)} runs: {present} are there, {len(flag_lists) - present} to do")
-    if operations:
-        speed = measured_speed()
-        print(
-            f"to do: {read / 1e6:,.2f} million tokens, {operations:.2g} floating-point operations, about "
-            f"{operations / speed / 3600:,.2f} hours at this machine's {speed / 1e9:,.0f} GFLOP/s in training"
-        )
+    print(f"{len(flag_lists)} runs: {len(flag_lists) - len(missing)} are there, {len(missing)} to do")
+    if missing:
+        print(cost.prediction(by_cell(missing), workers(flag_lists, wanted)))
 
 
 # ---- Do them ----
 
 
-def steps(run: train.Run) -> int:
-    """The optimizer steps that the run will take."""
-    args = run.training_args
-    batches = math.ceil(run.data["rows"]["train"] / args.train_batch_size)
-    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    return args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+def by_cell(flag_lists: list[list[str]]) -> list[list[list[str]]]:
+    """Runs that differ in their learning rate alone together: one worker does them, and loads model and rows once."""
+    cells: dict[tuple[str, ...], list[list[str]]] = {}
+    for flags in flag_lists:
+        rate = flags.index("--learning_rate") + 1
+        cells.setdefault((*flags[:rate], *flags[rate + 1 :]), []).append(flags)
+    return sorted(cells.values(), key=cost.roughly, reverse=True)  # lest a long one begins last
 
 
-def do_runs(flag_lists: list[list[str]], keep_features: bool = False) -> list[str]:
+def workers(flag_lists: list[list[str]], wanted: int | None) -> Workers:
+    """As many workers as processor cores, or one for a GPU, but no more than there is memory for.
+
+    `flag_lists` are all runs that were asked for, those that are there too: the threads change a result's last digits
+    and must not depend on what is missing.
+    """
+    cores = torch.get_num_threads()
+    processes = wanted or (1 if torch.cuda.is_available() else cores)
+    room = max(1, int(psutil.virtual_memory().total / max(map(cost.memory, flag_lists))))
+    if processes > room:
+        print(f"{processes} workers need more memory than there is: {room} at a time", file=sys.stderr)
+    processes = min(processes, room)
+    return Workers(processes, max(1, cores // processes))
+
+
+def do_runs(flag_lists: list[list[str]], wanted: int | None = None, keep_features: bool = False) -> list[str]:
     """Do the runs that are missing; returns a line for each that failed."""
     runs, failures, planned = [], [], set()
     lost: dict[str, Exception] = {}  # models and data sets that cannot be had, asked for once: a silent hub takes time
@@ -277,21 +201,29 @@ def do_runs(flag_lists: list[list[str]], keep_features: bool = False) -> list[st
     except OSError as error:
         raise train.RunError(f"{run.folder.parent} cannot be written: {train.corrupt.one_line(error)}") from error
     data_prep.write_table2(args.data_dir, training_args.output_dir)
-    print(f"{len(planned) + len(failures)} runs: {len(planned) - len(runs)} are there, {len(runs)} to do")
-    with tqdm(total=sum(map(steps, runs)), unit="step", smoothing=0.02, disable=not runs) as bar:
-        for number, run in enumerate(runs, 1):
-            bar.set_description(f"run {number}/{len(runs)}")
-            run.training_args.disable_tqdm = True
-            if train.result_of(run):  # another process has done it since it was planned
-                continue
-            try:
-                bar.write(train.summary(run, train.execute(run, callbacks=(Progress(bar),))))
-            except Exception as error:
-                failures.append(f"{run.folder}: {type(error).__name__}: {train.corrupt.one_line(error)}")
-                bar.write(f"failed: {failures[-1]}")
-            gc.collect()  # a Trainer is full of cycles: without this, models pile up
+    print(f"{len(planned) + len(failures)} runs: {len(planned) - len(runs)} are there, {len(runs)} to do", flush=True)
+    if runs:
+        failures += work_through(by_cell([run.flags for run in runs]), workers(flag_lists, wanted))
     if not keep_features and any(run.args.tuning == "probe" for run in runs):
         shutil.rmtree(Path(training_args.output_dir) / "features", ignore_errors=True)
+    return failures
+
+
+def work_through(cells: list[list[list[str]]], staff: Workers) -> list[str]:
+    """Do the runs in workers that stay alive from run to run; returns a line for each that failed."""
+    failures, done, total = [], 0, sum(map(len, cells))
+    pool = staff.pool()
+    bar = tqdm(total=sum(map(cost.roughly, cells)), bar_format="{desc}{percentage:3.0f} %|{bar}| {elapsed}<{remaining}")
+    with bar:
+        bar.set_description_str(f"{done} of {total} runs, {staff} ")
+        waiting = {pool.submit(train.do, cell): cell for cell in cells}
+        for future in as_completed(waiting):
+            for is_there, line in future.result():
+                bar.write(line if is_there else f"failed: {line}")
+                failures += [] if is_there else [line]
+                done += 1
+            bar.set_description_str(f"{done} of {total} runs, {staff} ")
+            bar.update(cost.roughly(waiting[future]))
     return failures
 
 
@@ -308,23 +240,27 @@ def main() -> None:
         kind = Fraction if name == "percent" else str
         sides = ("none", "bottom", "top", "all") if name == "corrupt" else None
         parser.add_argument(f"--{name}", nargs="+", type=kind, choices=sides, default=argparse.SUPPRESS, help=text)
+    parser.add_argument("--jobs", type=int, help="processes side by side; one a core if not given, or one for a GPU")
     parser.add_argument("--dry_run", action="store_true", help="list the runs and what they cost, and do none")
     parser.add_argument("--keep_features", action="store_true", help="keep the probes' encoder outputs on disk")
     try:
         args, shared = parser.parse_known_args()
     except ZeroDivisionError:
         parser.error("--percent divides by zero: give a percentage of the layers, such as 50 or 100/3")
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"--jobs {args.jobs} is no number of processes: give 1 or more")
     train.quieten()
     axes = {name: tuple(getattr(args, name)) for name in AXES if name in args}
     try:
         flag_lists = [[*flags, *shared] for flags in jobs(PRESETS[args.preset], axes)]
         if args.dry_run:
-            dry_run(flag_lists)
+            dry_run(flag_lists, args.jobs)
             return
-        failures = do_runs(flag_lists, args.keep_features)
+        failures = do_runs(flag_lists, args.jobs, args.keep_features)
     except train.BAD_INPUT as error:
         parser.error(str(error))
     except KeyboardInterrupt:
+        get_reusable_executor().shutdown(kill_workers=True)
         print("interrupted: the same command goes on with what is missing", file=sys.stderr)
         sys.exit(130)
     if failures:

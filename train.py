@@ -10,7 +10,9 @@ split, best epoch) and, written last, `result.json`. A run that is already there
 """
 
 import argparse
+import contextlib
 import copy
+import gc
 import json
 import math
 import os
@@ -23,7 +25,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -44,7 +45,6 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     DataCollatorWithPadding,
     HfArgumentParser,
-    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -361,6 +361,18 @@ def metric() -> evaluate.EvaluationModule:
     return evaluate.load(str(METRIC), keep_in_memory=True)
 
 
+def quicken(model: transformers.PreTrainedModel, plain: bool, pooling: str) -> bool:
+    """Hook the pooling into the model and, unless it is to stay `plain`, what makes it quick; whether it is packed."""
+    packed = not plain and model.config.model_type in pack.PACKABLE
+    if packed:
+        pack.pack(model, pooling)
+    elif pooling == "mean":
+        pack.pool_mean(model)
+    if not plain:
+        pack.use_quick_dropout(model)
+    return packed
+
+
 class Setup(NamedTuple):
     """A Trainer that is ready to train, and what is known of its run besides."""
 
@@ -387,15 +399,8 @@ def make_trainer(run: Run, data: datasets.DatasetDict) -> Setup:
     model, corruption = broken(run.model_folder, args.corrupt, args.frac, seed, args.kaiming_a, tuple(names))
     model, put_back = copy.deepcopy(model), lambda: None
     quick = not args.plain and device.type == "cpu"  # none of it has been measured on a GPU
-    packed = quick and model.config.model_type in pack.PACKABLE
     adam = run.training_args.optim in ("adamw_torch", "adamw_torch_fused") and run.training_args.weight_decay == 0
-    speed = {"packed": packed, "quick_dropout": quick, "embedding_rows": "all"}
-    if packed:
-        pack.pack(model, args.pooling)
-    elif args.pooling == "mean":
-        pack.pool_mean(model)
-    if quick:
-        pack.use_quick_dropout(model)
+    speed = {"packed": quicken(model, not quick, args.pooling), "quick_dropout": quick, "embedding_rows": "all"}
     if quick and adam and args.tuning == "full":
         ids = encode.ids_in_use(data, tokenizer)
         speed["embedding_rows"] = f"{len(ids)} of {model.get_input_embeddings().num_embeddings}"
@@ -455,7 +460,7 @@ def device_of(run: Run) -> dict:
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def position_0(model: transformers.PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     """A list that fills, batch by batch, with the encoder's output at position 0: what pooler and head read."""
     seen: list[torch.Tensor] = []
@@ -475,11 +480,8 @@ def epoch_table(log: list[dict]) -> pd.DataFrame:
     return table.rename(columns={name: name.removeprefix("eval_") for name in scores if name != "eval_loss"})
 
 
-def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
-    """Do the run and return its result, or leave `failure.json` with the reason and raise.
-
-    `callbacks` take the place of the Trainer's own printing.
-    """
+def execute(run: Run) -> dict:
+    """Do the run and return its result, or leave `failure.json` with the reason and raise."""
     checkpoints, started = run.folder / "checkpoints", time.perf_counter()
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -500,10 +502,6 @@ def execute(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> dict:
         trainer, clock = setup.trainer, Clock()
         trainer.add_callback(clock)
         run.training_args.output_dir = str(checkpoints)
-        if callbacks:
-            trainer.remove_callback(PrinterCallback)
-        for callback in callbacks:
-            trainer.add_callback(callback)
         trainer.train()
         setup.put_back()
 
@@ -602,6 +600,22 @@ def finished(run: Run) -> dict:
     except Exception as error:
         reason = f"{type(error).__name__}: {corrupt.one_line(error)}"
         raise RunError(f"the run failed, {reason}; the traceback is in {run.folder}/failure.json") from error
+
+
+def do(cell: list[list[str]]) -> list[tuple[bool, str]]:
+    """Do a cell's runs in a worker of the grid; for each, whether it is there now, and a line to say so."""
+    quieten()
+    said = []
+    for flags in cell:
+        run = plan([*flags, "--disable_tqdm", "True"])
+        try:
+            with contextlib.redirect_stdout(None):  # the Trainer's lines, without its bar
+                result = result_of(run) or execute(run)
+            said.append((True, summary(run, result)))
+        except Exception as error:
+            said.append((False, f"{run.folder}: {type(error).__name__}: {corrupt.one_line(error)}"))
+        gc.collect()  # a Trainer is full of cycles: without this, models pile up
+    return said
 
 
 def main() -> None:
