@@ -6,6 +6,7 @@ the cells out to the workers.
 """
 
 import contextlib
+import copy
 import heapq
 import math
 import statistics
@@ -177,8 +178,9 @@ def measure(config: PreTrainedConfig, flags: list[str]) -> Speed:
     train.quieten()
     args, training_args = train.parse(flags)
     device = training_args.device
+    config = copy.deepcopy(config)
     config.vocab_size = ROWS_IN_USE
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     train.quicken(model, args.plain or device.type != "cpu", args.pooling)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)

@@ -93,12 +93,12 @@ def pack(model: PreTrainedModel, pooling: str = "cls") -> None:
         nonlocal layout
         call = inspect.signature(module.forward).bind(*args, **kwargs)
         hidden, mask = call.arguments["hidden_states"], mask_now()
-        real = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask
+        real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask is None else mask.bool()
         length, order = real.sum(dim=1).sort(stable=True)
         lengths, rows = length.unique_consecutive(return_counts=True)
         layout = Layout(tuple(zip(rows.tolist(), lengths.tolist(), strict=True)), order)
         positions = order[:, None] * hidden.shape[1] + torch.arange(hidden.shape[1], device=hidden.device)
-        tokens = hidden.flatten(0, 1).index_select(0, positions[real[order].bool()])
+        tokens = hidden.flatten(0, 1).index_select(0, positions[real[order]])
         call.arguments |= {"hidden_states": tokens[None], "attention_mask": layout}
         return call.args, call.kwargs
 
@@ -177,7 +177,7 @@ def use_quick_dropout(model: PreTrainedModel) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
-                setattr(module, name, QuickDropout(child.p))
+                setattr(module, name, QuickDropout(child.p).train(child.training))
 
 
 # ---- Embedding ----

@@ -508,8 +508,8 @@ def execute(run: Run) -> dict:
         epochs = epoch_table(trainer.state.log_history)
         best = epochs.to_dict("records")[epochs["weighted_f1"].idxmax()]
         best_classes = setup.predicted[epochs["weighted_f1"].idxmax()]
-        predictions = pd.DataFrame({"label": trainer.eval_dataset["label"], "prediction": best_classes})
-        predictions = predictions.set_index(pd.Index(setup.order, name="row")).sort_index()
+        rows = np.argsort(setup.order)
+        predictions = pd.DataFrame({"label": data["test"]["label"], "prediction": best_classes[rows]})
 
         if run.args.save_model or run.args.save_vectors:
             with position_0(trainer.model) as seen:
@@ -521,13 +521,13 @@ def execute(run: Run) -> dict:
                 )
         if run.args.save_vectors:
             with data_prep.whole(run.folder / "vectors.npy") as path, path.open("wb") as file:
-                np.save(file, torch.cat(seen).numpy()[np.argsort(setup.order)], allow_pickle=False)
+                np.save(file, torch.cat(seen).numpy()[rows], allow_pickle=False)
         if run.args.save_model:
             trainer.save_model(str(run.folder / "model"))
         with data_prep.whole(run.folder / "epochs.csv") as path:
             epochs.to_csv(path, index=False)
         with data_prep.whole(run.folder / "predictions.csv.gz") as path:
-            predictions.to_csv(path, compression={"method": "gzip", "mtime": 0})
+            predictions.to_csv(path, index_label="row", compression={"method": "gzip", "mtime": 0})
         total = time.perf_counter() - started
         evaluated = sum(row.get("eval_runtime", 0) for row in trainer.state.log_history)
         result = {

@@ -3,13 +3,40 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import corrupt
 import data_prep
 import train
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+ARCHITECTURES = {
+    "bert": SIZES,
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
+    "roberta": SIZES,
+    "xlm-roberta": SIZES,
+    "camembert": SIZES,
+    "electra": SIZES | {"embedding_size": 32},
+    "mpnet": SIZES,
+}
+
+
+def random_model(architecture: str, folder: Path, **config: object) -> Path:
+    """A two-layer encoder of the architecture with random weights, and BERT's tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, vocab_size=30_522, **ARCHITECTURES[architecture], **config)
+    model = AutoModel.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(corrupt.find_model("minilm")[0])
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    if architecture in ("bert", "electra"):
+        tokenizer.model_input_names.insert(1, "token_type_ids")
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

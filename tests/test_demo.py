@@ -1,6 +1,7 @@
 """The demo line itself, shortened: data_prep, grid, aggregate, as run_all.sh calls them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ def test_the_demo_line(tmp_path: Path) -> None:
 
     listed = script("grid", *flags, "--preset", "demo", "--dry_run")
     assert listed.stdout.count("missing python train.py --model minilm") == 12 and not outputs.exists()
+    assert "floating-point operations in the encoders: about" in listed.stdout
 
     # something stands where one run's folder should be: that run fails, the eleven others are done
     blocked = train.plan([*grid.jobs(grid.PRESETS["demo"], {})[1], *map(str, flags)]).folder
@@ -42,6 +44,17 @@ def test_the_demo_line(tmp_path: Path) -> None:
     done = script("grid", *flags)
     assert done.returncode == 0 and "12 runs: 11 are there, 1 to do" in done.stdout, done.stderr
     assert all(path.stat().st_mtime_ns == time for path, time in results.items())
+
+    # the command that stands in a worker's result gives the same numbers, to the last digit, in a process of its own
+    for run in (run for run in outputs.glob("runs/minilm*bottom-50*")):
+        command = json.loads((run / "result.json").read_text())["command"]
+        paths = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        again = subprocess.run(
+            f"{command} --output_dir '{tmp_path}/again'", shell=True, cwd=ROOT, env=paths, timeout=300
+        )
+        assert again.returncode == 0
+        for name in ("epochs.csv", "predictions.csv.gz"):
+            assert (tmp_path / "again" / "runs" / run.name / name).read_bytes() == (run / name).read_bytes()
 
     tables = script("aggregate", "--output_dir", outputs)
     assert tables.returncode == 0 and "12 cells from 12 runs, 0 cells missing" in tables.stdout, tables.stderr

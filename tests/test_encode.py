@@ -1,4 +1,4 @@
-"""Tokens, mean pooling and the probe's features, against direct computations with the library's own parts."""
+"""Tokens and the probe's features, against direct computations with the library's own parts."""
 
 import json
 import os
@@ -7,80 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import random_model
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    Trainer,
-)
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, Trainer
 
 import corrupt
 import data_prep
 import encode
-import pack
 import train
-
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-ARCHITECTURES = {
-    "bert": SIZES,
-    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
-    "roberta": SIZES,
-    "electra": SIZES | {"embedding_size": 32},
-    "mpnet": SIZES,
-}
-# what follows the encoder's output of shape (rows, positions, hidden size)
-HEADS = {
-    "bert": lambda model, hidden: model.classifier(model.bert.pooler(hidden)),
-    "distilbert": lambda model, hidden: model.classifier(model.pre_classifier(hidden[:, 0]).relu()),
-    "roberta": lambda model, hidden: model.classifier(hidden),
-    "electra": lambda model, hidden: model.classifier(hidden),
-    "mpnet": lambda model, hidden: model.classifier(hidden),
-}
-
-
-def random_model(architecture: str, folder: Path, **config: object) -> Path:
-    """A two-layer encoder of the architecture with random weights, and BERT's tokenizer."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, vocab_size=30_522, **ARCHITECTURES[architecture], **config)
-    model = AutoModel.from_config(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(corrupt.find_model("minilm")[0])
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    if architecture in ("bert", "electra"):
-        tokenizer.model_input_names.insert(1, "token_type_ids")
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-# The logits are the head's own, of hidden states whose position 0 was replaced, row by row, by the mean of the others:
-# single texts and a pair, padded right and left, and without a mask.
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_mean_pooling(architecture: str, tmp_path: Path) -> None:
-    folder = random_model(architecture, tmp_path / architecture)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
-    pooled, _ = corrupt.load_broken(folder, "none", None, seed=0, num_labels=3)
-    pooled.load_state_dict(model.state_dict())
-    pack.pool_mean(pooled.eval())
-    batches = []
-    for side in ("right", "left"):
-        tokenizer.padding_side = side
-        batches.append(tokenizer(["one", "two words and more of them"], padding=True, return_tensors="pt"))
-        batches.append(tokenizer(["one", "two"], ["a", "b and c and d"], padding=True, return_tensors="pt"))
-    batches.append(tokenizer(["no mask"], return_attention_mask=False, return_tensors="pt"))
-    with torch.no_grad():
-        for batch in batches:
-            hidden = model.base_model(**batch).last_hidden_state
-            for row in range(len(hidden)):
-                ids = batch["input_ids"][row]
-                others = [i for i in range(len(ids)) if ids[i] not in (tokenizer.cls_token_id, tokenizer.pad_token_id)]
-                hidden[row, 0] = torch.stack([hidden[row, i] for i in others]).mean(0)
-            torch.testing.assert_close(pooled(**batch).logits, HEADS[architecture](model, hidden))
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,12 +1,19 @@
-"""Which runs a preset needs, counted by hand from the paper's tables, and what they cost."""
+"""Which runs a preset needs, counted by hand from the paper's tables, and who does them."""
 
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
+from transformers import BertConfig
 
 import grid
 import train
+
+
+class Memory(NamedTuple):
+    total: float
 
 
 # 20 (model, damage) pairs, times data sets, times 3 learning rates; Figure 1's four cells are among Table 1's.
@@ -43,17 +50,28 @@ def test_no_cell_is_left() -> None:
         grid.jobs(grid.PRESETS["table1"], {"model": ("minilm",), "percent": (Fraction(25),)})
 
 
-# By hand: minilm has 6 x (12 x 384^2 + 13 x 384) weights in its layers; RTE, not prepared, at most 2,490 and 277 rows
-# of 64 tokens; 6 operations a weight and token in 10 epochs of training, 2 in 11 evaluations; a probe reads them once.
-def test_cost_of_a_run(tmp_path: Path) -> None:
-    flags = ["--model", "minilm", "--dataset", "rte", "--data_dir", str(tmp_path)]
-    weights = 10_646_784
-    read, operations = grid.cost(flags, set())
-    assert read == 10 * 2_490 * 64 + 11 * 277 * 64
-    assert operations == pytest.approx(weights * (60 * 2_490 + 22 * 277) * 64)
-    probe, encoded = [*flags, "--tuning", "probe"], set()
-    assert grid.cost(probe, encoded) == (2_767 * 64, 2 * weights * 2_767 * 64)
-    assert grid.cost([*probe, "--learning_rate", "2e-5"], encoded) == (0, 0)
+# A cell's learning rates stay together, seeds do not; the cell with the most rows to train on comes first.
+def test_cells_and_their_order(tmp_path: Path) -> None:
+    axes = {"model": ("minilm",), "dataset": ("rte", "mrpc"), "percent": (Fraction(0),), "seed": ("0", "1")}
+    flag_lists = [[*flags, "--data_dir", str(tmp_path)] for flags in grid.jobs(grid.PRESETS["table5"], axes)]
+    cells = grid.by_cell(flag_lists)
+    assert [len(cell) for cell in cells] == [3, 3, 3, 3] and sorted(
+        flags for cell in cells for flags in cell
+    ) == sorted(flag_lists)
+    assert [cell[0][3] for cell in cells] == ["mrpc", "mrpc", "rte", "rte"]
+    assert all(len({tuple(flags[6:]) for flags in cell}) == 1 for cell in cells)
+
+
+# One worker a core with one thread each, unless told otherwise or memory is short; threads are shared out.
+def test_workers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    flag_lists = grid.jobs(grid.PRESETS["table1"], {"dataset": ("rte",), "percent": (Fraction(0),)})
+    large = 1e9 + 24 * (302_309_376 + 30_522 * 1_024) + 4 * 20 * 32 * 64 * 1_024 * 24  # bytes of BERT-large, by hand
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    for memory, wanted, expected in ((9, None, (8, 1)), (9, 2, (2, 4)), (3, None, (3, 2)), (0.5, None, (1, 8))):
+        monkeypatch.setattr(grid.psutil, "virtual_memory", lambda memory=memory: Memory(memory * large))
+        assert grid.workers(flag_lists, wanted) == expected
+        assert ("more memory than there is" in capsys.readouterr().err) == (expected[0] < (wanted or 8))
 
 
 # A model that cannot be had is asked for once, not for each of its runs; not one run is left, so the reason is told.
@@ -64,7 +82,7 @@ def test_a_model_that_is_not_there(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(grid.train.corrupt.HfApi, "model_info", lambda *_, **__: asked.append(1) or 1 / 0)
     flags = ["--preset", "table1", "--model", "no-such/model", "--dataset", "rte", "--percent", "0"]
-    monkeypatch.setitem(grid.SHAPES, "no-such/model", (12, 768))
+    monkeypatch.setitem(grid.cost.CONFIGS, "no-such/model", BertConfig())
     monkeypatch.setattr("sys.argv", ["grid.py", *flags, "--output_dir", str(tmp_path), "--data_dir", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_info:
         grid.main()
