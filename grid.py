@@ -15,6 +15,7 @@ import argparse
 import shlex
 import shutil
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -259,6 +260,13 @@ def main() -> None:
         failures = do_runs(flag_lists, args.jobs, args.keep_features)
     except train.BAD_INPUT as error:
         parser.error(str(error))
+    except BrokenProcessPool:
+        print(
+            "a worker was killed, perhaps for want of memory: the same command goes on with what is missing, and with "
+            "--jobs 1 it needs less",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         get_reusable_executor().shutdown(kill_workers=True)
         print("interrupted: the same command goes on with what is missing", file=sys.stderr)

@@ -585,6 +585,7 @@ def summary(run: Run, result: dict) -> str:
     where = "undamaged" if s["side"] == "none" else f"{s['percent']:g} % {s['side']}"
     how = "" if s["pooling"] == "cls" else ", mean pooling"
     how += "" if s["tuning"] == "full" else ", linear probe"
+    how += "" if s["plain"] or result["speed"]["packed"] else ", with padding"
     return (
         f"{s['model']}, {where}, {s['dataset']}{how}, learning rate {s['learning_rate']:g}, seed {s['seed']}: "
         f"weighted F1 {100 * result['weighted_f1']:.2f} % (epoch {result['best_epoch']} of {result['epochs']})"
@@ -607,13 +608,15 @@ def do(cell: list[list[str]]) -> list[tuple[bool, str]]:
     quieten()
     said = []
     for flags in cell:
-        run = plan([*flags, "--disable_tqdm", "True"])
+        where = f"python train.py {shlex.join(flags)}"
         try:
+            run = plan([*flags, "--disable_tqdm", "True"])
+            where = run.folder
             with contextlib.redirect_stdout(None):  # the Trainer's lines, without its bar
                 result = result_of(run) or execute(run)
             said.append((True, summary(run, result)))
         except Exception as error:
-            said.append((False, f"{run.folder}: {type(error).__name__}: {corrupt.one_line(error)}"))
+            said.append((False, f"{where}: {type(error).__name__}: {corrupt.one_line(error)}"))
         gc.collect()  # a Trainer is full of cycles: without this, models pile up
     return said
 
