@@ -28,6 +28,7 @@ from transformers import (
 
 import corrupt
 import data_prep
+import settings
 import train
 
 # of the paper's models, so that a grid can be planned where they are not
@@ -84,7 +85,7 @@ def steps(args: TrainingArguments, train_rows: int) -> int:
 
 def roughly(cell: list[list[str]]) -> float:
     """What the cell's runs cost, one beside another, without counting a token."""
-    args, training_args = train.parse(cell[0])
+    args, training_args = settings.parse(cell[0])
     in_train, in_test = rows(args.dataset, args.data_dir)
     read = in_train + in_test
     if args.tuning == "full":
@@ -95,7 +96,7 @@ def roughly(cell: list[list[str]]) -> float:
 def memory(flags: list[str]) -> float:
     """The bytes that a worker needs at most: Python and its packages, weights, their cached copy, gradients, Adam's two
     moments, and the activations of a batch without padding."""
-    args, training_args = train.parse(flags)
+    args, training_args = settings.parse(flags)
     config = config_of(args.model)
     parameters = weights_of(args.model) + config.vocab_size * config.hidden_size
     batch = training_args.train_batch_size * args.max_length
@@ -134,7 +135,7 @@ class Work(NamedTuple):
 
 
 def work(cell: list[list[str]]) -> Work:
-    args, training_args = train.parse(cell[0])
+    args, training_args = settings.parse(cell[0])
     in_train, in_test = rows(args.dataset, args.data_dir)
     train_tokens, test_tokens = tokens(args.dataset, args.data_dir, args.max_length)
     runs, step_count = len(cell), steps(training_args, in_train)
@@ -176,7 +177,7 @@ def repeated(function: Callable[[], object]) -> float:
 def measure(config: PreTrainedConfig, flags: list[str]) -> Speed:
     """Time steps of training and batches of testing with random weights, at two numbers of tokens."""
     train.quieten()
-    args, training_args = train.parse(flags)
+    args, training_args = settings.parse(flags)
     device = training_args.device
     config = copy.deepcopy(config)
     config.vocab_size = ROWS_IN_USE
@@ -214,7 +215,7 @@ def measure(config: PreTrainedConfig, flags: list[str]) -> Speed:
         batches = [batch(math.ceil(share * size), lengths) for lengths in (SHORT, LONG)]
         short, long = (repeated(lambda given=given, function=function: function(given)) for given in batches)
         of_short, of_long = (int(given["attention_mask"].sum()) for given in batches)
-        token = (long - short) / (of_long - of_short)
+        token = max(0.0, (long - short) / (of_long - of_short))
         found += [max(0.0, short - token * of_short), token]
     return Speed(*found)
 
@@ -235,9 +236,9 @@ def overhead() -> Overhead:
         flags = ["--model", "minilm", "--dataset", "rotten_tomatoes", "--data_dir", folder, "--output_dir", folder]
         flags += ["--max_length", "8", "--disable_tqdm", "True", "--num_train_epochs", "2"]
         for seed in ("1", "2"):
-            whole = train.execute(train.plan([*flags, "--seed", seed, "--max_steps", "1"]))["seconds"]
+            whole = train.execute(settings.plan([*flags, "--seed", seed, "--max_steps", "1"]))["seconds"]
         for rate in ("1e-3", "2e-3"):
-            head = train.execute(train.plan([*flags, "--tuning", "probe", "--learning_rate", rate]))["seconds"]
+            head = train.execute(settings.plan([*flags, "--tuning", "probe", "--learning_rate", rate]))["seconds"]
     return Overhead(whole["total"] - whole["train"] - whole["evaluate"], head["train"] / 16, head["evaluate"] / 4)
 
 
@@ -259,7 +260,7 @@ def makespan(durations: list[float], processes: int) -> float:
 def prediction(cells: list[list[list[str]]], staff: Workers) -> str:
     """A line that says what the cells, in the order in which they will be done, cost on this machine."""
     works = [work(cell) for cell in cells]
-    models = [train.parse(cell[0])[0].model for cell in cells]
+    models = [settings.parse(cell[0])[0].model for cell in cells]
     pool, asked = staff.pool(), time.perf_counter()
 
     def by_each(function: Callable, *given: object) -> list[float]:

@@ -25,8 +25,10 @@ import torch
 from loky import as_completed, get_reusable_executor
 from tqdm import tqdm
 
+import corrupt
 import cost
 import data_prep
+import settings
 import train
 from cost import Workers
 
@@ -112,7 +114,9 @@ def jobs(preset: tuple[Cells, ...], axes: dict[str, tuple]) -> list[list[str]]:
                             flags += cells.more if seed == "0" else (*cells.more, "--seed", seed)
                             found.setdefault(tuple(word for word in flags if word != SAVE), flags)
     if not found:
-        raise train.RunError("no cell is left: a --percent must be a whole number of layers, a --corrupt belong to it")
+        raise settings.RunError(
+            "no cell is left: a --percent must be a whole number of layers, a --corrupt belong to it"
+        )
     return list(found.values())
 
 
@@ -121,22 +125,22 @@ def jobs(preset: tuple[Cells, ...], axes: dict[str, tuple]) -> list[list[str]]:
 
 def is_there(flags: list[str]) -> bool:
     """Whether the run's result is there; never prepares a data set, without which no result can be."""
-    args, _ = train.parse(flags)
-    return data_prep.is_prepared(args.dataset, args.data_dir) and train.result_of(train.plan(flags)) is not None
+    args, _ = settings.parse(flags)
+    return data_prep.is_prepared(args.dataset, args.data_dir) and settings.result_of(settings.plan(flags)) is not None
 
 
 def dry_run(flag_lists: list[list[str]], wanted: int | None) -> None:
     """List the runs, each as the command that does it alone, and what those that are missing will cost."""
     missing, absent = [], {}
     for flags in flag_lists:
-        args, _ = train.parse(flags)
+        args, _ = settings.parse(flags)
         if not data_prep.is_prepared(args.dataset, args.data_dir):
             absent[args.dataset] = "not prepared: its tokens are at most those counted"
         done = False
         if args.model not in absent:
             try:
                 done = is_there(flags)
-            except train.corrupt.ModelError:
+            except corrupt.ModelError:
                 absent[args.model] = "not on this machine yet"
         if not done:
             missing.append(flags)
@@ -180,18 +184,18 @@ def do_runs(flag_lists: list[list[str]], wanted: int | None = None, keep_feature
     runs, failures, planned = [], [], set()
     lost: dict[str, Exception] = {}  # models and data sets that cannot be had, asked for once: a silent hub takes time
     for flags in flag_lists:
-        args, training_args = train.parse(flags)
+        args, training_args = settings.parse(flags)
         try:
             if reason := lost.get(args.model) or lost.get(args.dataset):
                 raise reason
-            run = train.plan(flags)
-            if run.folder not in planned and train.result_of(run) is None:
+            run = settings.plan(flags)
+            if run.folder not in planned and settings.result_of(run) is None:
                 runs.append(run)
             planned.add(run.folder)  # flags that go to every run can make two of them one
-        except train.BAD_INPUT as error:
+        except settings.BAD_INPUT as error:
             if isinstance(error, data_prep.DataError):
                 lost[args.dataset] = error
-            elif isinstance(error, train.corrupt.ModelNotFound):
+            elif isinstance(error, corrupt.ModelNotFound):
                 lost[args.model] = error
             failures.append(f"python train.py {shlex.join(flags)}: {error}")
             if len(failures) == len(flag_lists):
@@ -200,7 +204,7 @@ def do_runs(flag_lists: list[list[str]], wanted: int | None = None, keep_feature
         for run in runs[:1]:
             run.folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise train.RunError(f"{run.folder.parent} cannot be written: {train.corrupt.one_line(error)}") from error
+        raise settings.RunError(f"{run.folder.parent} cannot be written: {corrupt.one_line(error)}") from error
     data_prep.write_table2(args.data_dir, training_args.output_dir)
     print(f"{len(planned) + len(failures)} runs: {len(planned) - len(runs)} are there, {len(runs)} to do", flush=True)
     if runs:
@@ -258,7 +262,7 @@ def main() -> None:
             dry_run(flag_lists, args.jobs)
             return
         failures = do_runs(flag_lists, args.jobs, args.keep_features)
-    except train.BAD_INPUT as error:
+    except settings.BAD_INPUT as error:
         parser.error(str(error))
     except BrokenProcessPool:
         print(

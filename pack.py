@@ -198,8 +198,7 @@ def use_rows(model: PreTrainedModel, ids: np.ndarray) -> Callable[[], None]:
     With Adam and no weight decay a row whose token never comes is never changed, so training is the same.
     """
     whole, ids = model.get_input_embeddings(), torch.from_numpy(ids)
-    padding = (ids == whole.padding_idx).nonzero().flatten().tolist() if whole.padding_idx is not None else []
-    rows = RowsInUse.from_pretrained(whole.weight.detach()[ids], freeze=False, padding_idx=(padding or [None])[0])
+    rows = RowsInUse.from_pretrained(whole.weight.detach()[ids], freeze=False)
     place = torch.zeros(whole.num_embeddings, dtype=torch.long).scatter(0, ids, torch.arange(len(ids)))
     rows.register_buffer("place", place, persistent=False)
     model.set_input_embeddings(rows)

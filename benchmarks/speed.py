@@ -36,6 +36,7 @@ import cost
 import data_prep
 import encode
 import pack
+import settings
 import train
 
 FLAGS = ["--model", "minilm", "--dataset", "rotten_tomatoes", "--disable_tqdm", "True"]
@@ -80,7 +81,7 @@ def peak() -> float:
 def setup(data: Path, *flags: str) -> train.Setup:
     """A run that is ready to train and neither evaluates nor saves."""
     with tempfile.TemporaryDirectory() as folder:
-        run = train.plan([*FLAGS, "--data_dir", str(data), "--output_dir", folder, *flags])
+        run = settings.plan([*FLAGS, "--data_dir", str(data), "--output_dir", folder, *flags])
         made = train.make_trainer(run, data_prep.load("rotten_tomatoes", data))
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         setattr(made.trainer.args, name, "no")
@@ -224,13 +225,13 @@ def runs(data: Path, rounds: int) -> dict:
             more = [*flags, "--seed", str(number), "--output_dir", f"{folder}/alive"]
             started = time.perf_counter()
             train.do([more])
-            alive.append(fixed(train.plan(more).folder, time.perf_counter() - started))
+            alive.append(fixed(settings.plan(more).folder, time.perf_counter() - started))
             more[-1] = f"{folder}/new"
             started = time.perf_counter()
             subprocess.run(
                 [sys.executable, "train.py", *more], cwd=Path(train.__file__).parent, check=True, capture_output=True
             )
-            new.append(fixed(train.plan(more).folder, time.perf_counter() - started))
+            new.append(fixed(settings.plan(more).folder, time.perf_counter() - started))
     took = medians({"in a new process": new, "in a worker, from the second run on": alive[1:]})
     rows = {name: {"seconds": round(seconds, 2)} for name, seconds in took.items()}
     show(rows, "Fixed cost of a run")
@@ -247,7 +248,7 @@ def probe(data: Path, rounds: int) -> dict:
             for rate in tqdm(("1e-5", "2e-5", "5e-5"), desc=f"probe, {way}"):
                 flags = ["--data_dir", folder, "--output_dir", f"{folder}/{way}", "--learning_rate", rate, *more]
                 trainer = train.make_trainer(
-                    train.plan([*FLAGS, *flags]), data_prep.load("rotten_tomatoes", folder)
+                    settings.plan([*FLAGS, *flags]), data_prep.load("rotten_tomatoes", folder)
                 ).trainer
                 trainer.args.output_dir = f"{folder}/checkpoints"
                 if way == "plain":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 import grid
-import train
+import settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +30,7 @@ def test_the_demo_line(tmp_path: Path) -> None:
     assert "floating-point operations in the encoders: about" in listed.stdout
 
     # something stands where one run's folder should be: that run fails, the eleven others are done
-    blocked = train.plan([*grid.jobs(grid.PRESETS["demo"], {})[1], *map(str, flags)]).folder
+    blocked = settings.plan([*grid.jobs(grid.PRESETS["demo"], {})[1], *map(str, flags)]).folder
     blocked.parent.mkdir(parents=True)
     blocked.write_text("")
     done = script("grid", *flags)

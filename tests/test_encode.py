@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, Trainer
 import corrupt
 import data_prep
 import encode
+import settings
 import train
 
 
@@ -42,10 +43,10 @@ def test_probe_equals_the_frozen_run(architecture: str, pooling: str, tmp_path: 
         assert np.abs(before - after).max() > 0.01
         return after
 
-    plain, plain_order, *_ = train.make_trainer(train.plan(flags), data)
+    plain, plain_order, *_ = train.make_trainer(settings.plan(flags), data)
     whole_model = plain.model_init
     plain.model_init = lambda: frozen(whole_model())
-    probe, order, *_ = train.make_trainer(train.plan([*flags, "--tuning", "probe"]), data)
+    probe, order, *_ = train.make_trainer(settings.plan([*flags, "--tuning", "probe"]), data)
     assert order.tolist() == plain_order.tolist()
     trained = {name for name, _ in probe.model.named_parameters()}
     assert trained == {name for name, weight in plain.model_init().named_parameters() if weight.requires_grad}
@@ -57,7 +58,7 @@ def test_what_the_features_depend_on(tiny_bert: Path, small_data: Path) -> None:
     base = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--data_dir", str(small_data), "--tuning", "probe"]
 
     def key(*flags: str) -> str:
-        return encode.key_of(train.encoder_settings(train.plan([*base, *flags])))
+        return encode.key_of(train.encoder_settings(settings.plan([*base, *flags])))
 
     half = ("--corrupt", "top", "--frac", "0.5")
     others = [half, (*half, "--seed", "1"), (*half, "--kaiming_a", "1"), ("--pooling", "mean"), ("--max_length", "32")]
@@ -71,9 +72,9 @@ def test_features_of_another_encoder_are_refused(tiny_bert: Path, small_data: Pa
     flags = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--data_dir", str(small_data), "--tuning", "probe"]
     flags += ["--output_dir", str(tmp_path)]
     data = data_prep.load("bbc_news", small_data)
-    train.make_trainer(train.plan(flags), data)
+    train.make_trainer(settings.plan(flags), data)
     (made,) = (path for path in (tmp_path / "features").iterdir() if path.is_dir())
-    run = train.plan([*flags, "--corrupt", "bottom", "--frac", "1"])
+    run = settings.plan([*flags, "--corrupt", "bottom", "--frac", "1"])
     made.rename(made.with_name(encode.key_of(train.encoder_settings(run))))
     with pytest.raises(corrupt.ModelError, match="another encoder"):
         train.make_trainer(run, data)
@@ -117,7 +118,7 @@ def test_the_cache_is_bounded(tmp_path: Path) -> None:
 def test_saved_vectors(pooling: str, tiny_bert: Path, small_data: Path, tmp_path: Path) -> None:
     flags = ["--model", str(tiny_bert), "--dataset", "rotten_tomatoes", "--data_dir", str(small_data), "--save_model"]
     flags += ["--save_vectors", "--num_train_epochs", "1", "--output_dir", str(tmp_path), "--disable_tqdm", "True"]
-    run = train.plan([*flags, "--pooling", pooling])
+    run = settings.plan([*flags, "--pooling", pooling])
     train.execute(run)
     vectors = np.load(run.folder / "vectors.npy", allow_pickle=False)
     model, tokenizer = (kind.from_pretrained(run.folder / "model") for kind in (AutoModel, AutoTokenizer))

@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig
 
 import grid
-import train
+import settings
 
 
 class Memory(NamedTuple):
@@ -25,7 +25,7 @@ def test_number_of_runs(preset: str, runs: int) -> None:
     flag_lists = grid.jobs(grid.PRESETS[preset], {})
     assert len(flag_lists) == runs == len({tuple(flags) for flags in flag_lists})
     for flags in flag_lists:
-        train.parse(flags)
+        settings.parse(flags)
     if preset == "paper":
         kept = [flags for flags in flag_lists if "--save_vectors" in flags]
         assert len(kept) == 12 and all("ag_news" in flags for flags in kept)
@@ -46,7 +46,7 @@ def test_filters(axes: dict, runs: int) -> None:
 
 
 def test_no_cell_is_left() -> None:
-    with pytest.raises(train.RunError, match="whole number of layers"):
+    with pytest.raises(settings.RunError, match="whole number of layers"):
         grid.jobs(grid.PRESETS["table1"], {"model": ("minilm",), "percent": (Fraction(25),)})
 
 
@@ -80,7 +80,7 @@ def test_a_model_that_is_not_there(
 ) -> None:
     asked = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(grid.train.corrupt.HfApi, "model_info", lambda *_, **__: asked.append(1) or 1 / 0)
+    monkeypatch.setattr(grid.corrupt.HfApi, "model_info", lambda *_, **__: asked.append(1) or 1 / 0)
     flags = ["--preset", "table1", "--model", "no-such/model", "--dataset", "rte", "--percent", "0"]
     monkeypatch.setitem(grid.cost.CONFIGS, "no-such/model", BertConfig())
     monkeypatch.setattr("sys.argv", ["grid.py", *flags, "--output_dir", str(tmp_path), "--data_dir", str(tmp_path)])

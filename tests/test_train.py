@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import corrupt
 import data_prep
+import settings
 import train
 
 ROOT = Path(train.__file__).parent
@@ -41,7 +42,7 @@ def file_names(folder: Path) -> list[str]:
 
 # Just the three files, just the epochs asked for; the F1s are scikit-learn's over the predictions that were kept.
 def test_a_whole_run(flags: list[str], small_data: Path, tmp_path: Path) -> None:
-    run = train.plan([*flags, "--corrupt", "bottom", "--frac", "1/2"])
+    run = settings.plan([*flags, "--corrupt", "bottom", "--frac", "1/2"])
     train.execute(run)
     assert file_names(tmp_path / "outputs" / "runs") == [
         f"{run.folder.name}/{name}" for name in ("epochs.csv", "predictions.csv.gz", "result.json")
@@ -71,7 +72,7 @@ def test_a_whole_run(flags: list[str], small_data: Path, tmp_path: Path) -> None
 def test_repeats_to_the_last_digit(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    run = train.plan(flags)
+    run = settings.plan(flags)
     for folder in ("outputs", "again"):
         run_main(monkeypatch, [*flags, "--output_dir", str(tmp_path / folder)])
     first, second = (tmp_path / folder / "runs" / run.folder.name for folder in ("outputs", "again"))
@@ -81,34 +82,34 @@ def test_repeats_to_the_last_digit(
     run_main(monkeypatch, [*flags, "--output_dir", str(tmp_path / "again")])
     assert "was there already" in capsys.readouterr().out
     for other in (["--seed", "1"], ["--weight_decay", "0.01"], ["--max_length", "32"], ["--kaiming_a", "1"]):
-        assert train.plan([*flags, *other]).folder != run.folder
-    assert train.plan([*flags, "--logging_steps", "3"]).folder == run.folder
+        assert settings.plan([*flags, *other]).folder != run.folder
+    assert settings.plan([*flags, "--logging_steps", "3"]).folder == run.folder
 
 
 # A result counts only if it came from the settings asked for; a truncated one does not count.
 def test_results_of_other_settings_do_not_count(flags: list[str], capsys: pytest.CaptureFixture) -> None:
-    run = train.plan(flags)
+    run = settings.plan(flags)
     train.execute(run)
-    assert train.result_of(run)
+    assert settings.result_of(run)
     path = run.folder / "result.json"
     result = json.loads(path.read_text())
     path.write_text(json.dumps({**result, "settings": {**result["settings"], "numbers": 0}}))
-    assert train.result_of(run) is None
-    assert f"numbers 0 (now {train.NUMBERS})" in capsys.readouterr().err
+    assert settings.result_of(run) is None
+    assert f"numbers 0 (now {settings.NUMBERS})" in capsys.readouterr().err
     path.write_text(path.read_text()[:-100])
-    assert train.result_of(run) is None
+    assert settings.result_of(run) is None
 
 
 # Files of an earlier attempt never stand beside a newer result, and rows that changed since the plan are refused.
 def test_nothing_stale_is_kept(flags: list[str], small_data: Path, tmp_path: Path) -> None:
     shutil.copytree(small_data, tmp_path / "data")
     flags = [*flags, "--data_dir", str(tmp_path / "data"), "--num_train_epochs", "1"]
-    train.execute(train.plan([*flags, "--save_model"]))
-    run = train.plan(flags)
+    train.execute(settings.plan([*flags, "--save_model"]))
+    run = settings.plan(flags)
     train.execute(run)
     assert not (run.folder / "model").exists()
     data_prep.prepare("rotten_tomatoes", train_size=64, test_size=40, data_dir=tmp_path / "data")
-    with pytest.raises(train.RunError, match="prepared anew"):
+    with pytest.raises(settings.RunError, match="prepared anew"):
         train.execute(run)
     assert file_names(run.folder) == ["failure.json"]
 
@@ -117,12 +118,12 @@ def test_nothing_stale_is_kept(flags: list[str], small_data: Path, tmp_path: Pat
 def test_the_model_is_what_it_was(flags: list[str], tiny_bert: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tiny-bert"
     shutil.copytree(tiny_bert, copy)
-    here = train.plan([*flags, "--model", str(copy)]).folder
-    assert here == train.plan(flags).folder
-    settings = json.loads((copy / "tokenizer_config.json").read_text())
-    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "truncation_side": "left"}))
-    train.model_fingerprint.cache_clear()
-    assert train.plan([*flags, "--model", str(copy)]).folder != here
+    here = settings.plan([*flags, "--model", str(copy)]).folder
+    assert here == settings.plan(flags).folder
+    tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "truncation_side": "left"}))
+    settings.model_fingerprint.cache_clear()
+    assert settings.plan([*flags, "--model", str(copy)]).folder != here
     model, _ = corrupt.load_broken(tiny_bert, "none", None, seed=0, num_labels=2)
     model.save_pretrained(tmp_path / "fine-tuned")
     with pytest.raises(corrupt.ModelError, match="has a head already"):
@@ -134,7 +135,7 @@ def test_runs_are_paired(flags: list[str], small_data: Path) -> None:
     data = data_prep.load("rotten_tomatoes", small_data)
 
     def head_and_batches(*damage: str) -> tuple[torch.Tensor, list[list[int]]]:
-        trainer, *_ = train.make_trainer(train.plan([*flags, *damage]), data)
+        trainer, *_ = train.make_trainer(settings.plan([*flags, *damage]), data)
         batches = [batch["input_ids"][:, :12].tolist() for _ in range(2) for batch in trainer.get_train_dataloader()]
         return trainer.model.classifier.weight.detach().clone(), batches
 
@@ -152,7 +153,7 @@ def test_seeds_share_no_epoch(flags: list[str], small_data: Path) -> None:
     data = data_prep.load("rotten_tomatoes", small_data)
     epochs = []
     for seed in ("0", "1"):
-        run = train.plan([*flags, "--train_sampling_strategy", "random", "--seed", seed])
+        run = settings.plan([*flags, "--train_sampling_strategy", "random", "--seed", seed])
         loader = train.make_trainer(run, data)[0].get_train_dataloader()
         for epoch in range(3):
             loader.set_epoch(epoch)
@@ -162,7 +163,7 @@ def test_seeds_share_no_epoch(flags: list[str], small_data: Path) -> None:
 
 # The saved model, read back by the library and run on one text after the other, makes the predictions of the file.
 def test_predictions_belong_to_their_rows(flags: list[str], small_data: Path) -> None:
-    run = train.plan([*flags, "--model", "minilm", "--save_model"])
+    run = settings.plan([*flags, "--model", "minilm", "--save_model"])
     train.execute(run)
     model = AutoModelForSequenceClassification.from_pretrained(run.folder / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
@@ -258,8 +259,8 @@ def test_bad_input(
 
 # A learning rate that makes the loss overflow is a failed run with its reason, not an F1.
 def test_a_diverged_run_is_a_failure(flags: list[str]) -> None:
-    run = train.plan([*flags, "--learning_rate", "1e30"])
-    with pytest.raises(train.RunError, match="diverged"):
+    run = settings.plan([*flags, "--learning_rate", "1e30"])
+    with pytest.raises(settings.RunError, match="diverged"):
         train.execute(run)
     assert file_names(run.folder) == ["failure.json"]
     assert "lower --learning_rate" in json.loads((run.folder / "failure.json").read_text())["reason"]
