@@ -9,12 +9,15 @@ import contextlib
 import copy
 import heapq
 import math
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
+
+os.environ.setdefault("LOKY_MAX_MEMORY_LEAK_SIZE", "1e15")  # a worker keeps models from run to run: that is no leak
 
 import torch
 from loky import ProcessPoolExecutor, get_reusable_executor

@@ -15,14 +15,16 @@ import argparse
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import psutil
 import torch
-from loky import as_completed, get_reusable_executor
+from loky import ProcessPoolExecutor, as_completed
 from tqdm import tqdm
 
 import corrupt
@@ -207,11 +209,25 @@ def do_runs(flag_lists: list[list[str]], wanted: int | None = None, keep_feature
         raise settings.RunError(f"{run.folder.parent} cannot be written: {corrupt.one_line(error)}") from error
     data_prep.write_table2(args.data_dir, training_args.output_dir)
     print(f"{len(planned) + len(failures)} runs: {len(planned) - len(runs)} are there, {len(runs)} to do", flush=True)
-    if runs:
-        failures += work_through(by_cell([run.flags for run in runs]), workers(flag_lists, wanted))
+    try:
+        if runs:
+            failures += work_through(by_cell([run.flags for run in runs]), workers(flag_lists, wanted))
+    finally:
+        for run in runs:  # of a run that was cut off, nothing stays
+            if not any((run.folder / name).exists() for name in ("result.json", "failure.json")):
+                shutil.rmtree(run.folder, ignore_errors=True)
     if not keep_features and any(run.args.tuning == "probe" for run in runs):
         shutil.rmtree(Path(training_args.output_dir) / "features", ignore_errors=True)
     return failures
+
+
+@contextmanager
+def killed_on_interrupt(pool: ProcessPoolExecutor) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        pool.shutdown(kill_workers=True)
+        raise
 
 
 def work_through(cells: list[list[list[str]]], staff: Workers) -> list[str]:
@@ -219,7 +235,7 @@ def work_through(cells: list[list[list[str]]], staff: Workers) -> list[str]:
     failures, done, total = [], 0, sum(map(len, cells))
     pool = staff.pool()
     bar = tqdm(total=sum(map(cost.roughly, cells)), bar_format="{desc}{percentage:3.0f} %|{bar}| {elapsed}<{remaining}")
-    with bar:
+    with bar, killed_on_interrupt(pool):
         bar.set_description_str(f"{done} of {total} runs, {staff} ")
         waiting = {pool.submit(train.do, cell): cell for cell in cells}
         for future in as_completed(waiting):
@@ -272,7 +288,6 @@ def main() -> None:
         )
         sys.exit(1)
     except KeyboardInterrupt:
-        get_reusable_executor().shutdown(kill_workers=True)
         print("interrupted: the same command goes on with what is missing", file=sys.stderr)
         sys.exit(130)
     if failures:

@@ -37,7 +37,9 @@ def batches(folder: Path) -> list[BatchEncoding]:
     tokenizer, made = AutoTokenizer.from_pretrained(folder), []
     for side in ("right", "left"):
         tokenizer.padding_side = side
-        made.append(tokenizer(["one", "two words and more of them", "two"], padding=True, return_tensors="pt"))
+        made.append(
+            tokenizer(["many words and more of them", "one", "one two", "two"], padding=True, return_tensors="pt")
+        )
         made.append(tokenizer(["one", "two"], ["a", "b and c and d"], padding=True, return_tensors="pt"))
     return [*made, tokenizer(["no mask"], return_attention_mask=False, return_tensors="pt")]
 
@@ -159,7 +161,7 @@ def test_rows_in_use(tmp_path: Path) -> None:
         assert len(model.get_input_embeddings().weight) == (len(np.unique(batch["input_ids"])) if few else 30_522)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
         for _ in range(3):
-            model(**batch, labels=torch.tensor([0, 2, 1])).loss.backward()
+            model(**batch, labels=torch.tensor([0, 2, 1, 1])).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         put_back()
