@@ -116,8 +116,9 @@ class Workers(NamedTuple):
         return f"{self.processes} x {self.threads} thread{'s' * (self.threads > 1)}"
 
     def pool(self) -> ProcessPoolExecutor:
-        variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-        return get_reusable_executor(self.processes, timeout=60, env=dict.fromkeys(variables, str(self.threads)))
+        env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
+        env["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of locks that a killed worker leaves to be cleaned up
+        return get_reusable_executor(self.processes, timeout=60, env=env)
 
 
 class Work(NamedTuple):

@@ -323,7 +323,7 @@ def main() -> None:
     about = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     about |= {"commit": train.git_commit(), "rounds": args.rounds}
     with tempfile.TemporaryDirectory() as folder:
-        data_prep.prepare("rotten_tomatoes", train_size=512, test_size=256, data_dir=folder)
+        data_prep.prepare("rotten_tomatoes", train_size=384, test_size=192, data_dir=folder)
         for part in args.part:
             key = f"{part}, {torch.get_num_threads()} threads"
             found[key] = about | PARTS[part](Path(folder), args.rounds)
