@@ -52,7 +52,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "longest + packing": (PLAIN, "pack"),
     "all three (train.py's way)": ((), ""),
     "all three + like lengths together": (GROUPED, ""),
-    "all three + bf16": (("--bf16", "True"), ""),
+    "all three + bf16": (("--bf16", "True", "--use_cpu", str(not torch.cuda.is_available())), ""),
 }
 KINDS = {  # of operators, by the beginning of their names
     "matrix products": ("aten::mm", "aten::addmm"),
