@@ -32,7 +32,6 @@ import cost
 import data_prep
 import settings
 import train
-from cost import Workers
 
 CLASSIFICATION = ("sst2", "imdb", "ag_news", "emotion", "dbpedia", "tfnt")
 
@@ -166,7 +165,7 @@ def by_cell(flag_lists: list[list[str]]) -> list[list[list[str]]]:
     return sorted(cells.values(), key=cost.roughly, reverse=True)  # lest a long one begins last
 
 
-def workers(flag_lists: list[list[str]], wanted: int | None) -> Workers:
+def workers(flag_lists: list[list[str]], wanted: int | None) -> cost.Workers:
     """As many workers as processor cores, or one for a GPU, but no more than there is memory for.
 
     `flag_lists` are all runs that were asked for, those that are there too: the threads change a result's last digits
@@ -178,7 +177,7 @@ def workers(flag_lists: list[list[str]], wanted: int | None) -> Workers:
     if processes > room:
         print(f"{processes} workers need more memory than there is: {room} at a time", file=sys.stderr)
     processes = min(processes, room)
-    return Workers(processes, max(1, cores // processes))
+    return cost.Workers(processes, max(1, cores // processes))
 
 
 def do_runs(flag_lists: list[list[str]], wanted: int | None = None, keep_features: bool = False) -> list[str]:
@@ -230,7 +229,7 @@ def killed_on_interrupt(pool: ProcessPoolExecutor) -> Iterator[None]:
         raise
 
 
-def work_through(cells: list[list[list[str]]], staff: Workers) -> list[str]:
+def work_through(cells: list[list[list[str]]], staff: cost.Workers) -> list[str]:
     """Do the runs in workers that stay alive from run to run; returns a line for each that failed."""
     failures, done, total = [], 0, sum(map(len, cells))
     pool = staff.pool()

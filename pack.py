@@ -134,12 +134,14 @@ def attention(
     attention function as `transformers.AttentionInterface` wants it.
     """
     parts = (rows_of(tensor[0].transpose(0, 1), attention_mask) for tensor in (query, key, value))
-    outputs = []
-    for q, k, v in zip(*parts, strict=True):
+    quick, outputs = dropout > 0 and query.device.type == "cpu", []
+    sizes = [rows * query.shape[1] * length**2 for rows, length in attention_mask.groups]
+    keep = keep_mask(sum(sizes), dropout, query.dtype).split(sizes) if quick else sizes
+    for q, k, v, kept in zip(*parts, keep, strict=True):
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (rows, heads, length, head size)
-        if dropout and q.device.type == "cpu":
-            weights = quick_dropout((q @ k.transpose(2, 3) * scaling).softmax(dim=-1), dropout)
-            output = weights @ v
+        if quick:
+            weights = (q @ (k.transpose(2, 3) * scaling)).softmax(dim=-1)
+            output = weights * kept.view(weights.shape) @ v
         else:
             output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
@@ -152,24 +154,23 @@ AttentionInterface.register("packed", attention)
 # ---- Dropout ----
 
 
-def quick_dropout(hidden: torch.Tensor, p: float) -> torch.Tensor:
-    """Dropout on a CPU, where torch draws each mask on one thread: the same distribution from another stream.
+def keep_mask(elements: int, p: float, dtype: torch.dtype) -> torch.Tensor:
+    """What dropout multiplies by: 0 with probability `p`, else 1 / (1 - p). Shape (elements,), on the CPU.
 
-    One 64-bit draw of SFC64, seeded from torch's global generator, serves four elements. `p` is rounded to a multiple
-    of 1 / 65536, and what is kept is scaled by just the inverse of the probability to keep.
+    torch draws such a mask on one thread, element by element. Here one 64-bit draw of SFC64, seeded from torch's global
+    generator, serves four elements: the same distribution, with `p` rounded to a multiple of 1 / 65536.
     """
     dropped = round(p * STEPS)
     seed = int(torch.randint(2**63 - 1, ()))
-    draws = np.random.Generator(np.random.SFC64(seed)).integers(2**64, size=-(-hidden.numel() // 4), dtype=np.uint64)
-    draws = torch.from_numpy(draws.view(np.int16)[: hidden.numel()]).view(hidden.shape)
-    keep = (draws >= dropped - STEPS // 2).to(hidden.dtype)
-    return hidden * keep.mul_(STEPS / (STEPS - dropped))
+    draws = np.random.Generator(np.random.SFC64(seed)).integers(2**64, size=-(-elements // 4), dtype=np.uint64)
+    keep = torch.from_numpy(draws.view(np.int16)[:elements]) >= dropped - STEPS // 2
+    return keep.to(dtype).mul_(STEPS / (STEPS - dropped))
 
 
 class QuickDropout(nn.Dropout):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.training and 0 < self.p < 1 and hidden.device.type == "cpu":
-            return quick_dropout(hidden, self.p)
+            return hidden * keep_mask(hidden.numel(), self.p, hidden.dtype).view(hidden.shape)
         return super().forward(hidden)
 
 

@@ -42,7 +42,7 @@ import train
 FLAGS = ["--model", "minilm", "--dataset", "rotten_tomatoes", "--disable_tqdm", "True"]
 PLAIN = ("--plain", "True")
 GROUPED = ("--train_sampling_strategy", "group_by_length")
-# what each variant changes: flags of train.py, and a part of pack.py on the plain model
+# what each variant changes: flags of train.py, and parts of pack.py on the plain model
 VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "fixed padding to 128": (PLAIN, "pad"),
     "padding to the longest": (PLAIN, ""),
@@ -51,6 +51,8 @@ VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "longest + embedding rows in use": (PLAIN, "rows"),
     "longest + packing": (PLAIN, "pack"),
     "all three (train.py's way)": ((), ""),
+    "all three but quick dropout": (PLAIN, "pack rows"),
+    "all three but embedding rows in use": (PLAIN, "pack dropout"),
     "all three + like lengths together": (GROUPED, ""),
     "all three + bf16": (("--bf16", "True", "--use_cpu", str(not torch.cuda.is_available())), ""),
 }
@@ -100,18 +102,18 @@ def trained(trainer: Trainer) -> float:
 
 
 def trainer_of(variant: str, data: Path) -> Trainer:
-    flags, part = VARIANTS[variant]
+    flags, parts = VARIANTS[variant]
     trainer = setup(data, "--num_train_epochs", "1", *flags).trainer
     tokenizer = trainer.processing_class
-    if part == "pad":
+    if "pad" in parts:
         trainer.data_collator = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=128)
-    elif part == "dropout":
+    if "pack" in parts:
+        pack.pack(trainer.model)
+    if "dropout" in parts:
         pack.use_quick_dropout(trainer.model)
-    elif part == "rows":
+    if "rows" in parts:
         both = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
         pack.use_rows(trainer.model, encode.ids_in_use(both, tokenizer))
-    elif part == "pack":
-        pack.pack(trainer.model)
     return trainer
 
 
@@ -185,17 +187,17 @@ def evaluation(data: Path, rounds: int) -> dict:
 
 def where_it_goes(data: Path, rounds: int) -> dict:
     """The share of each kind of work in training, by torch's profiler; the shares add up with one thread only."""
-    quick = pack.quick_dropout
+    draw = pack.keep_mask
 
-    def seen(hidden: torch.Tensor, p: float) -> torch.Tensor:
+    def seen(*given: object) -> torch.Tensor:
         with record_function("dropout's masks"):
-            return quick(hidden, p)
+            return draw(*given)
 
-    pack.quick_dropout = seen
+    pack.keep_mask = seen
     trainer = setup(data, "--max_steps", "12").trainer
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         total = trained(trainer)
-    pack.quick_dropout = quick
+    pack.keep_mask = draw
     spent = dict.fromkeys([*KINDS, "dropout's masks", "loading batches"], 0.0)
     for event in profiler.key_averages():
         kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), None)

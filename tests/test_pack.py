@@ -87,12 +87,16 @@ def test_gradients_of_a_packed_batch(architecture: str, tmp_path: Path) -> None:
         torch.testing.assert_close(weight.grad, gradients[name])
 
 
+def quick(hidden: torch.Tensor, p: float) -> torch.Tensor:
+    return pack.QuickDropout(p)(hidden)
+
+
 # Kept with probability 1 - p, alike in all four elements that one 64-bit draw serves and independently of each other:
 # the sixteen patterns of neighbours have their shares (chi-squared). What is kept is divided by that probability.
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_distribution_of_quick_dropout(p: float) -> None:
     torch.manual_seed(0)
-    dropped = pack.quick_dropout(torch.full((1_000, 4_000), 3.0), p)
+    dropped = quick(torch.full((1_000, 4_000), 3.0), p)
     kept = dropped != 0
     assert kept.float().mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / kept.numel()) ** 0.5 + 2**-17)
     torch.testing.assert_close(dropped[kept], torch.full((int(kept.sum()),), 3 / (1 - p)), rtol=2e-5, atol=0)
@@ -115,7 +119,7 @@ def test_stream_of_quick_dropout() -> None:
     masks = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        masks.append([pack.quick_dropout(torch.ones(3, 333), 0.5) for _ in range(2)])
+        masks.append([quick(torch.ones(3, 333), 0.5) for _ in range(2)])
     assert torch.equal(masks[0][0], masks[1][0]) and torch.equal(masks[0][1], masks[1][1])
     assert not torch.equal(masks[0][0], masks[0][1]) and not torch.equal(masks[0][0], masks[2][0])
 
