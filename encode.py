@@ -116,12 +116,6 @@ def tokenised(
     return data, order
 
 
-def ids_in_use(data: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The token ids that stand in either split, and the padding's, sorted."""
-    ids = [rows.data.column("input_ids").combine_chunks().flatten().unique().to_numpy() for rows in data.values()]
-    return np.unique(np.concatenate([*ids, [tokenizer.pad_token_id]]))
-
-
 # ---- The linear probe's features (Table 4) ----
 
 

@@ -1,7 +1,7 @@
-"""What runs inside the encoder: no padding, the pooling hook, quick dropout masks, and only the embedding rows in use.
+"""What runs inside the encoder: no padding, the pooling hook, and quick dropout masks.
 
 A padded batch goes in and the same logits come out, but the encoder's layers see a list of real tokens. How much each
-part saves is in docs/performance.md; `train.py --plain True` leaves all of them out but the pooling.
+part saves is in docs/performance.md; `train.py --plain True` leaves all of it out but the pooling.
 """
 
 import inspect
@@ -179,34 +179,3 @@ def use_quick_dropout(model: PreTrainedModel) -> None:
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
                 setattr(module, name, QuickDropout(child.p).train(child.training))
-
-
-# ---- Embedding ----
-
-
-class RowsInUse(nn.Embedding):
-    """An embedding of some rows of a larger one; ids are still those of the larger one."""
-
-    place: torch.Tensor  # (ids,): where each id's row lies
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(self.place[ids])
-
-
-def use_rows(model: PreTrainedModel, ids: np.ndarray) -> Callable[[], None]:
-    """Keep only the word embeddings of `ids`, in place; returns a function that puts them back among the others.
-
-    With Adam and no weight decay a row whose token never comes is never changed, so training is the same.
-    """
-    whole, ids = model.get_input_embeddings(), torch.from_numpy(ids)
-    rows = RowsInUse.from_pretrained(whole.weight.detach()[ids], freeze=False)
-    place = torch.zeros(whole.num_embeddings, dtype=torch.long).scatter(0, ids, torch.arange(len(ids)))
-    rows.register_buffer("place", place, persistent=False)
-    model.set_input_embeddings(rows)
-
-    def put_back() -> None:
-        with torch.no_grad():
-            whole.to(rows.weight.device).weight[ids.to(rows.weight.device)] = rows.weight
-        model.set_input_embeddings(whole)
-
-    return put_back

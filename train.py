@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from importlib.metadata import version
@@ -149,7 +149,6 @@ class Setup(NamedTuple):
     corruption: dict  # the corruption's manifest
     speed: dict  # what was left out of the library's way
     predicted: list[np.ndarray]  # filled by each evaluation: the predicted class of each row, in `order`
-    put_back: Callable[[], None]  # gives the model its whole embedding back
 
 
 def make_trainer(run: settings.Run, data: datasets.DatasetDict) -> Setup:
@@ -165,14 +164,9 @@ def make_trainer(run: settings.Run, data: datasets.DatasetDict) -> Setup:
 
     seed = run.training_args.seed
     model, corruption = broken(run.model_folder, args.corrupt, args.frac, seed, args.kaiming_a, tuple(names))
-    model, put_back = copy.deepcopy(model), lambda: None
+    model = copy.deepcopy(model)
     quick = not args.plain and device.type == "cpu"  # none of it has been measured on a GPU
-    adam = run.training_args.optim in ("adamw_torch", "adamw_torch_fused") and run.training_args.weight_decay == 0
-    speed = {"packed": quicken(model, not quick, args.pooling), "quick_dropout": quick, "embedding_rows": "all"}
-    if quick and adam and args.tuning == "full":
-        ids = encode.ids_in_use(data, tokenizer)
-        speed["embedding_rows"] = f"{len(ids)} of {model.get_input_embeddings().num_embeddings}"
-        put_back = pack.use_rows(model, ids)
+    speed = {"packed": quicken(model, not quick, args.pooling), "quick_dropout": quick}
 
     collator = DataCollatorWithPadding(tokenizer)
     if args.tuning == "probe":
@@ -209,7 +203,7 @@ def make_trainer(run: settings.Run, data: datasets.DatasetDict) -> Setup:
         compute_metrics=compute_metrics,
         callbacks=[StopIfDiverged()],
     )
-    return Setup(trainer, order, corruption, speed, predicted, put_back)
+    return Setup(trainer, order, corruption, speed, predicted)
 
 
 def encoder_settings(run: settings.Run) -> dict:
@@ -271,7 +265,6 @@ def execute(run: settings.Run) -> dict:
         trainer.add_callback(clock)
         run.training_args.output_dir = str(checkpoints)
         trainer.train()
-        setup.put_back()
 
         epochs = epoch_table(trainer.state.log_history)
         best = epochs.to_dict("records")[epochs["weighted_f1"].idxmax()]

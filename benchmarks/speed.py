@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import cost
 import data_prep
-import encode
 import pack
 import settings
 import train
@@ -48,13 +47,10 @@ VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "padding to the longest": (PLAIN, ""),
     "longest + like lengths together": ((*PLAIN, *GROUPED), ""),
     "longest + quick dropout": (PLAIN, "dropout"),
-    "longest + embedding rows in use": (PLAIN, "rows"),
     "longest + packing": (PLAIN, "pack"),
-    "all three (train.py's way)": ((), ""),
-    "all three but quick dropout": (PLAIN, "pack rows"),
-    "all three but embedding rows in use": (PLAIN, "pack dropout"),
-    "all three + like lengths together": (GROUPED, ""),
-    "all three + bf16": (("--bf16", "True", "--use_cpu", str(not torch.cuda.is_available())), ""),
+    "both (train.py's way)": ((), ""),
+    "both + like lengths together": (GROUPED, ""),
+    "both + bf16": (("--bf16", "True", "--use_cpu", str(not torch.cuda.is_available())), ""),
 }
 KINDS = {  # of operators, by the beginning of their names
     "matrix products": ("aten::mm", "aten::addmm"),
@@ -111,9 +107,6 @@ def trainer_of(variant: str, data: Path) -> Trainer:
         pack.pack(trainer.model)
     if "dropout" in parts:
         pack.use_quick_dropout(trainer.model)
-    if "rows" in parts:
-        both = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
-        pack.use_rows(trainer.model, encode.ids_in_use(both, tokenizer))
     return trainer
 
 

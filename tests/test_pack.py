@@ -148,29 +148,3 @@ def test_dropout_in_a_packed_model(tmp_path: Path) -> None:
     outputs = torch.stack(outputs)
     error = (outputs.mean(0) - expected[0]).abs() / (outputs.std(0) / 2_000**0.5)
     assert error.max() < 6
-
-
-# With Adam and no weight decay, training on the rows in use gives the weights of training on all, bit for bit, and
-# the rows that are not in use stay as they were. Making the smaller embedding draws no random number.
-def test_rows_in_use(tmp_path: Path) -> None:
-    folder = random_model("bert", tmp_path / "bert")
-    batch = batches(folder)[0]
-    weights, drawn = [], []
-    for few in (False, True):
-        model = corrupt.load_broken(folder, "none", None, seed=0, num_labels=3)[0].eval()
-        before = model.bert.embeddings.word_embeddings.weight.detach().clone()
-        torch.manual_seed(0)
-        put_back = pack.use_rows(model, np.unique(batch["input_ids"])) if few else lambda: None
-        drawn.append(torch.rand(1).item())
-        assert len(model.get_input_embeddings().weight) == (len(np.unique(batch["input_ids"])) if few else 30_522)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-        for _ in range(3):
-            model(**batch, labels=torch.tensor([0, 2, 1, 1])).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        put_back()
-        weights.append(model.state_dict())
-    assert weights[0].keys() == weights[1].keys() and drawn[0] == drawn[1]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    changed = (weights[1]["bert.embeddings.word_embeddings.weight"] != before).any(dim=1).nonzero().flatten()
-    assert set(changed.tolist()) == set(batch["input_ids"].flatten().tolist()) - {0}  # padding has no gradient
