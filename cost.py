@@ -41,7 +41,7 @@ CONFIGS = {
     ),
     "distilbert-base-uncased": DistilBertConfig(),
 }
-SHORT, LONG = (4, 12), (6, 62)
+SHORT, LONG = (4, 12), (6, 62)  # tokens of the shortest and the longest row of the two batches that are timed
 
 
 @lru_cache
@@ -90,7 +90,10 @@ def roughly(cell: list[list[str]]) -> float:
     in_train, in_test = rows(args.dataset, args.data_dir)
     read = in_train + in_test
     if args.tuning == "full":
-        read = len(cell) * (3 * steps(training_args, in_train) * 32 + training_args.num_train_epochs * in_test)
+        read = len(cell) * (
+            3 * steps(training_args, in_train) * training_args.train_batch_size
+            + training_args.num_train_epochs * in_test
+        )
     return read * weights_of(args.model)
 
 
