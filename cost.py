@@ -8,7 +8,6 @@ the cells out to the workers.
 import contextlib
 import heapq
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -16,10 +15,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-os.environ.setdefault("LOKY_MAX_MEMORY_LEAK_SIZE", "1e15")  # a worker keeps models from run to run: that is no leak
-
 import torch
-from loky import ProcessPoolExecutor, get_reusable_executor
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -32,6 +28,7 @@ import corrupt
 import data_prep
 import settings
 import train
+import workers
 
 # of the paper's models, so that a grid can be planned where they are not
 CONFIGS = {
@@ -105,21 +102,6 @@ def memory(flags: list[str]) -> float:
     parameters = weights_of(args.model) + config.vocab_size * config.hidden_size
     batch = training_args.train_batch_size * args.max_length
     return 1e9 + 24 * parameters + 4 * 20 * batch * config.hidden_size * config.num_hidden_layers
-
-
-class Workers(NamedTuple):
-    """The processes that do the runs, side by side, and the threads of each."""
-
-    processes: int
-    threads: int
-
-    def __str__(self) -> str:
-        return f"{self.processes} x {self.threads} thread{'s' * (self.threads > 1)}"
-
-    def pool(self) -> ProcessPoolExecutor:
-        env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
-        env["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of locks that a killed worker leaves to be cleaned up
-        return get_reusable_executor(self.processes, timeout=60, env=env)
 
 
 class Work(NamedTuple):
@@ -260,19 +242,21 @@ def makespan(durations: list[float], processes: int) -> float:
     return max(free)
 
 
-def prediction(cells: list[list[list[str]]], staff: Workers) -> str:
+def prediction(cells: list[list[list[str]]], staff: workers.Staff) -> str:
     """A line that says what the cells, in the order in which they will be done, cost on this machine."""
     works = [work(cell) for cell in cells]
     models = [settings.parse(cell[0])[0].model for cell in cells]
-    pool, asked = staff.pool(), time.perf_counter()
+    asked = time.perf_counter()
+    with workers.Here(staff) as here:
 
-    def by_each(function: Callable, *given: object) -> list[float]:
-        tasks = [pool.submit(function, *given) for _ in range(staff.processes)]  # at once, since they share the memory
-        return [statistics.mean(figures) for figures in zip(*(task.result() for task in tasks), strict=True)]
+        def by_each(function: Callable, *given: object) -> list[float]:
+            return [statistics.mean(figures) for figures in zip(*here.each(function, *given), strict=True)]
 
-    around = Overhead(*by_each(overhead))
-    started = time.perf_counter() - asked
-    speeds = {model: Speed(*by_each(measure, config_of(model), cells[models.index(model)][0])) for model in set(models)}
+        around = Overhead(*by_each(overhead))
+        started = time.perf_counter() - asked
+        speeds = {
+            model: Speed(*by_each(measure, config_of(model), cells[models.index(model)][0])) for model in set(models)
+        }
     durations = [seconds(work, speeds[model], around) for work, model in zip(works, models, strict=True)]
     total = makespan(durations, staff.processes)
     read, operations = sum(w.trained + w.evaluated for w in works), sum(w.operations for w in works)

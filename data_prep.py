@@ -416,8 +416,7 @@ def save(data: datasets.DatasetDict, made: dict, data_dir: Path) -> None:
     aside = data_dir / f".{name}.partial"
     datasets.disable_progress_bars()
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir / f".{name}.lock"):
+        with locked(name, data_dir):
             shutil.rmtree(aside, ignore_errors=True)
             data.save_to_disk(aside)
             (aside / "manifest.json").write_text(json.dumps(made, indent=2) + "\n")
@@ -446,14 +445,32 @@ def manifest(name: str, data_dir: str | Path = "data") -> dict:
         raise DataError(f"{name} is not prepared in {data_dir}: run python data_prep.py --dataset {name}") from error
 
 
+def fingerprint_of(name: str, data_dir: str | Path = "data") -> str | None:
+    """The fingerprint of the prepared set; None if nothing is prepared."""
+    return manifest(name, data_dir)["fingerprint"] if is_prepared(name, data_dir) else None
+
+
+@contextmanager
+def locked(name: str, data_dir: str | Path) -> Iterator[None]:
+    """Keeps others from putting other rows in the set's place. Raises DataError where that is not possible."""
+    try:
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        held = FileLock(Path(data_dir) / f".{name}.lock").acquire()
+    except OSError as error:
+        raise DataError(f"{name}: {data_dir} cannot be written: {one_line(error)}") from error
+    with held:
+        yield
+
+
 def load(name: str, data_dir: str | Path = "data") -> datasets.DatasetDict:
     """The prepared set. Raises DataError if its rows are not those that its manifest's fingerprint stands for."""
-    made, folder = manifest(name, data_dir), Path(data_dir) / name
-    try:
-        data = datasets.load_from_disk(str(folder))
-        intact = fingerprint(data) == made["fingerprint"]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} cannot be read ({one_line(error)}): delete it and prepare it again") from error
+    with locked(name, data_dir):
+        made, folder = manifest(name, data_dir), Path(data_dir) / name
+        try:
+            data = datasets.load_from_disk(str(folder))
+            intact = fingerprint(data) == made["fingerprint"]
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder} cannot be read ({one_line(error)}): delete it and prepare it again") from error
     if not intact:
         raise DataError(f"{folder} was changed after it was prepared: delete it and prepare it again")
     return data
@@ -502,8 +519,11 @@ def write_table2(data_dir: str | Path, output_dir: str | Path) -> Path:
 def whole(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` at the end: the file appears whole or not at all."""
     aside = path.with_name(f".partial-{path.name}")
-    yield aside
-    aside.replace(path)
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def sha256(content: bytes) -> str:

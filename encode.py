@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 import corrupt
 import data_prep
 
-FEATURE_CACHE_BYTES = 8 * 2**30  # older entries go when the probes' cache is larger
+CACHE_BYTES = 8 * 2**30  # older entries go when the probes' outputs or the tokens are more
 
 
 def key_of(settings: dict) -> str:
@@ -39,7 +39,10 @@ def made_once(parts: datasets.DatasetDict, function: Callable, folder: Path, **o
     """
 
     def read() -> datasets.DatasetDict:
-        return datasets.DatasetDict({part: datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in parts})
+        read = {part: datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in parts}
+        if wrong := [part for part, rows in read.items() if len(rows) != len(parts[part])]:
+            raise OSError(f"{wrong[0]} has {len(read[wrong[0]])} rows of {len(parts[wrong[0]])}")
+        return datasets.DatasetDict(read)
 
     aside = folder.with_name(f".{folder.name}.partial")
     try:
@@ -76,7 +79,7 @@ def lock_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def trim(cache: Path, limit: int = FEATURE_CACHE_BYTES) -> None:
+def trim(cache: Path, limit: int = CACHE_BYTES) -> None:
     """Delete the entries of the cache that were used longest ago, until it holds at most `limit` bytes."""
     try:
         entries = sorted(
@@ -111,6 +114,7 @@ def tokenised(
         return {**tokens, "length": [len(ids) for ids in tokens["input_ids"]]}
 
     data = made_once(data, encode, folder, remove_columns=columns)
+    trim(folder.parent)
     order = np.argsort(data["test"]["length"], kind="stable")
     data["test"] = data["test"].select(order)
     return data, order

@@ -12,19 +12,20 @@ stop the others; the grid then ends with exit code 1 and names it. The same comm
 """
 
 import argparse
+import os
 import shlex
 import shutil
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
-from loky import ProcessPoolExecutor, as_completed
 from tqdm import tqdm
 
 import corrupt
@@ -32,6 +33,8 @@ import cost
 import data_prep
 import settings
 import train
+import unfinished
+import workers
 
 CLASSIFICATION = ("sst2", "imdb", "ag_news", "emotion", "dbpedia", "tfnt")
 
@@ -130,7 +133,7 @@ def is_there(flags: list[str]) -> bool:
     return data_prep.is_prepared(args.dataset, args.data_dir) and settings.result_of(settings.plan(flags)) is not None
 
 
-def dry_run(flag_lists: list[list[str]], wanted: int | None) -> None:
+def dry_run(flag_lists: list[list[str]], at_work: workers.Staff) -> None:
     """List the runs, each as the command that does it alone, and what those that are missing will cost."""
     missing, absent = [], {}
     for flags in flag_lists:
@@ -150,7 +153,7 @@ def dry_run(flag_lists: list[list[str]], wanted: int | None) -> None:
         print(f"{name} is {how}")
     print(f"{len(flag_lists)} runs: {len(flag_lists) - len(missing)} are there, {len(missing)} to do")
     if missing:
-        print(cost.prediction(by_cell(missing), workers(flag_lists, wanted)))
+        print(cost.prediction(by_cell(missing), at_work))
 
 
 # ---- Do them ----
@@ -165,27 +168,33 @@ def by_cell(flag_lists: list[list[str]]) -> list[list[list[str]]]:
     return sorted(cells.values(), key=cost.roughly, reverse=True)  # lest a long one begins last
 
 
-def workers(flag_lists: list[list[str]], wanted: int | None) -> cost.Workers:
-    """As many workers as processor cores, or one for a GPU, but no more than there is memory for.
+def staff(flag_lists: list[list[str]], jobs: int | None, runs_per_gpu: int | None) -> workers.Staff:
+    """As many workers as processor cores, or `runs_per_gpu` on each GPU, but no more than there is memory for.
 
     `flag_lists` are all runs that were asked for, those that are there too: the threads change a result's last digits
     and must not depend on what is missing.
     """
-    cores = torch.get_num_threads()
-    processes = wanted or (1 if torch.cuda.is_available() else cores)
+    cores, count = torch.get_num_threads(), torch.cuda.device_count()
+    gpus = tuple(os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")) if count else ()
+    if runs_per_gpu and not gpus:
+        raise settings.RunError("--runs_per_gpu needs a GPU, and there is none: leave it out")
+    processes = jobs or (len(gpus) * (runs_per_gpu or 1) if gpus else cores)
     room = max(1, int(psutil.virtual_memory().total / max(map(cost.memory, flag_lists))))
     if processes > room:
         print(f"{processes} workers need more memory than there is: {room} at a time", file=sys.stderr)
     processes = min(processes, room)
-    return cost.Workers(processes, max(1, cores // processes))
+    return workers.Staff(processes, max(1, cores // processes), gpus)
 
 
-def do_runs(flag_lists: list[list[str]], wanted: int | None = None, keep_features: bool = False) -> list[str]:
-    """Do the runs that are missing; returns a line for each that failed."""
+def plan(flag_lists: list[list[str]]) -> tuple[list[settings.Run], list[str], int]:
+    """The runs that are missing, a line for each that cannot be started, and how many there are in all.
+
+    Raises ModelError, DataError or RunError if not one can be started.
+    """
     runs, failures, planned = [], [], set()
     lost: dict[str, Exception] = {}  # models and data sets that cannot be had, asked for once: a silent hub takes time
     for flags in flag_lists:
-        args, training_args = settings.parse(flags)
+        args, _ = settings.parse(flags)
         try:
             if reason := lost.get(args.model) or lost.get(args.dataset):
                 raise reason
@@ -200,50 +209,52 @@ def do_runs(flag_lists: list[list[str]], wanted: int | None = None, keep_feature
                 lost[args.model] = error
             failures.append(f"python train.py {shlex.join(flags)}: {error}")
             if len(failures) == len(flag_lists):
-                raise  # not one run can be started
-    try:
-        for run in runs[:1]:
-            run.folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise settings.RunError(f"{run.folder.parent} cannot be written: {corrupt.one_line(error)}") from error
+                raise
+    return runs, failures, len(planned) + len(failures)
+
+
+def do_runs(
+    flag_lists: list[list[str]], team: Callable[[], workers.Here | workers.OnRay], keep_features: bool = False
+) -> list[str]:
+    """Do the runs that are missing; returns a line for each that failed."""
+    runs, failures, total = plan(flag_lists)
+    args, training_args = settings.parse(flag_lists[0])
     data_prep.write_table2(args.data_dir, training_args.output_dir)
-    print(f"{len(planned) + len(failures)} runs: {len(planned) - len(runs)} are there, {len(runs)} to do", flush=True)
+    print(f"{total} runs: {total - len(runs) - len(failures)} are there, {len(runs)} to do", flush=True)
+    if not runs:
+        return failures
     try:
-        if runs:
-            failures += work_through(by_cell([run.flags for run in runs]), workers(flag_lists, wanted))
+        with team() as at_work:
+            failures += work_through(runs, at_work)
     finally:
-        for run in runs:  # of a run that was cut off, nothing stays
-            if not any((run.folder / name).exists() for name in ("result.json", "failure.json")):
-                shutil.rmtree(run.folder, ignore_errors=True)
+        for run in runs:
+            unfinished.sweep(run)
     if not keep_features and any(run.args.tuning == "probe" for run in runs):
         shutil.rmtree(Path(training_args.output_dir) / "features", ignore_errors=True)
     return failures
 
 
-@contextmanager
-def killed_on_interrupt(pool: ProcessPoolExecutor) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        pool.shutdown(kill_workers=True)
-        raise
-
-
-def work_through(cells: list[list[list[str]]], staff: cost.Workers) -> list[str]:
-    """Do the runs in workers that stay alive from run to run; returns a line for each that failed."""
-    failures, done, total = [], 0, sum(map(len, cells))
-    pool = staff.pool()
-    bar = tqdm(total=sum(map(cost.roughly, cells)), bar_format="{desc}{percentage:3.0f} %|{bar}| {elapsed}<{remaining}")
-    with bar, killed_on_interrupt(pool):
-        bar.set_description_str(f"{done} of {total} runs, {staff} ")
-        waiting = {pool.submit(train.do, cell): cell for cell in cells}
-        for future in as_completed(waiting):
-            for is_there, line in future.result():
-                bar.write(line if is_there else f"failed: {line}")
-                failures += [] if is_there else [line]
+def work_through(runs: list[settings.Run], team: workers.Here | workers.OnRay) -> list[str]:
+    """Do the runs, those last that another process is at; returns a line for each that failed."""
+    cells, by_flags = by_cell([run.flags for run in runs]), {tuple(run.flags): run for run in runs}
+    weight = {by_flags[tuple(flags)].folder: cost.roughly(cell) / len(cell) for cell in cells for flags in cell}
+    cells = [[by_flags[tuple(flags)] for flags in cell] for cell in cells]
+    failures, busy, done = [], [], 0
+    with tqdm(total=sum(weight.values()), bar_format="{desc}{percentage:3.0f} %|{bar}| {elapsed}<{remaining}") as bar:
+        bar.set_description_str(f"{done} of {len(runs)} runs, {team} ")
+        for blocking in (False, True):
+            for run, state, line in team.work(cells, blocking):
+                if state == "busy":
+                    busy.append([run])
+                    continue
+                bar.write(line if state == "done" else f"{state}: {line}")
+                if state == "again":
+                    continue
+                failures += [line] if state == "failed" else []
                 done += 1
-            bar.set_description_str(f"{done} of {total} runs, {staff} ")
-            bar.update(cost.roughly(waiting[future]))
+                bar.set_description_str(f"{done} of {len(runs)} runs, {team} ")
+                bar.update(weight[run.folder])
+            cells = busy
     return failures
 
 
@@ -261,33 +272,44 @@ def main() -> None:
         sides = ("none", "bottom", "top", "all") if name == "corrupt" else None
         parser.add_argument(f"--{name}", nargs="+", type=kind, choices=sides, default=argparse.SUPPRESS, help=text)
     parser.add_argument("--jobs", type=int, help="processes side by side; one a core if not given, or one for a GPU")
+    parser.add_argument("--runs_per_gpu", type=int, help="runs side by side on each GPU, instead of one")
+    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster")
     parser.add_argument("--dry_run", action="store_true", help="list the runs and what they cost, and do none")
     parser.add_argument("--keep_features", action="store_true", help="keep the probes' encoder outputs on disk")
     try:
         args, shared = parser.parse_known_args()
     except ZeroDivisionError:
         parser.error("--percent divides by zero: give a percentage of the layers, such as 50 or 100/3")
-    if args.jobs is not None and args.jobs < 1:
-        parser.error(f"--jobs {args.jobs} is no number of processes: give 1 or more")
+    for name in ("jobs", "runs_per_gpu"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is no number of processes: give 1 or more")
+    if args.jobs and args.runs_per_gpu:
+        parser.error("--jobs and --runs_per_gpu both say how many: give one of them")
+    if args.executor == "ray" and (args.jobs or args.dry_run):
+        parser.error("--jobs and --dry_run are for this machine: leave them or --executor ray out")
     train.quieten()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
     axes = {name: tuple(getattr(args, name)) for name in AXES if name in args}
     try:
         flag_lists = [[*flags, *shared] for flags in jobs(PRESETS[args.preset], axes)]
+        run_args, training_args = settings.parse(flag_lists[0])
         if args.dry_run:
-            dry_run(flag_lists, args.jobs)
+            dry_run(flag_lists, staff(flag_lists, args.jobs, args.runs_per_gpu))
             return
-        failures = do_runs(flag_lists, args.jobs, args.keep_features)
+        if args.executor == "ray":
+            where = (training_args.output_dir, run_args.data_dir)
+            team = partial(workers.OnRay, *where, args.runs_per_gpu or 1, cost.memory)
+        else:
+            team = partial(workers.Here, staff(flag_lists, args.jobs, args.runs_per_gpu))
+        failures = do_runs(flag_lists, team, args.keep_features)
     except settings.BAD_INPUT as error:
         parser.error(str(error))
     except BrokenProcessPool:
-        print(
-            "a worker was killed, perhaps for want of memory: the same command goes on with what is missing, and with "
-            "--jobs 1 it needs less",
-            file=sys.stderr,
-        )
+        print("a worker was killed, perhaps for want of memory: with --jobs 1 it needs less", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on with what is missing", file=sys.stderr)
+        kept = "from their last epochs" if run_args.resume else "from the beginning (--resume keeps their epochs)"
+        print(f"interrupted: the same command goes on; runs that were cut off start {kept}", file=sys.stderr)
         sys.exit(130)
     if failures:
         print(f"{len(failures)} of {len(flag_lists)} runs failed:", *failures, sep="\n  ", file=sys.stderr)

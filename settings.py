@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 import corrupt
 import data_prep
@@ -30,7 +31,7 @@ FIXED = {
     "logging_strategy": "epoch",
     "save_strategy": "best",
     "save_only_model": True,
-    "save_total_limit": 1,
+    "save_total_limit": None,  # unfinished.Checkpoints deletes those that are neither the last nor the best
     "load_best_model_at_end": True,
     "metric_for_best_model": "weighted_f1",
     "greater_is_better": True,
@@ -97,6 +98,10 @@ class RunArguments:
         default=False, metadata={"help": "the library's own encoder, with padding: slower, other rounding and dropout"}
     )
     data_dir: str = field(default="data", metadata={"help": "where data_prep.py put the prepared sets"})
+    resume: bool = field(
+        default=False,
+        metadata={"help": "keep a checkpoint of each epoch until the run is done, and go on from the last"},
+    )
     save_model: bool = field(default=False, metadata={"help": "keep the best epoch's weights in the run's folder"})
     save_vectors: bool = field(
         default=False, metadata={"help": "keep what the head reads of each test row, best epoch (Figure 1)"}
@@ -137,6 +142,8 @@ def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
     for name, value in FIXED.items():
         if getattr(training_args, name) != value:
             parser.error(f"--{name} is fixed to {value}: every run is tested after each epoch and keeps the best")
+    if args.resume:
+        training_args.save_strategy, training_args.save_only_model = SaveStrategy.EPOCH, False
     return args, training_args
 
 
@@ -156,13 +163,27 @@ class Run:
     settings: dict  # all that the numbers depend on
     folder: Path
 
+    @property
+    def unfinished(self) -> Path:
+        """Where the run's files lie until it is done."""
+        return self.folder.parent.with_name("unfinished") / self.folder.name
 
-def plan(flags: list[str]) -> Run:
+
+def plan(flags: list[str], more: tuple[str, ...] = ()) -> Run:
     """Check all that can be checked before a weight is loaded; prepares the data set if it is missing, and says so.
 
-    Raises ModelError, DataError or RunError. Nothing is written under the output folder.
+    `more` are flags that are no part of the command that repeats the run. Raises ModelError, DataError or RunError.
+    Nothing is written under the output folder.
     """
-    args, training_args = parse(flags)
+    args, training_args = parse([*flags, *more])
+    if training_args.world_size > 1:
+        if training_args.per_device_train_batch_size % training_args.world_size:
+            raise RunError(
+                f"{training_args.world_size} processes cannot share a batch of "
+                f"{training_args.per_device_train_batch_size} rows evenly: change either"
+            )
+        if args.tuning == "probe" or args.save_vectors:
+            raise RunError("--tuning probe and --save_vectors are for one process: leave accelerate launch out")
     model_folder, revision = corrupt.find_model(args.model)
     side, frac = corrupt.inspect(model_folder, args.corrupt, args.frac)
     positions = getattr(corrupt.load_config(model_folder), "max_position_embeddings", args.max_length)
@@ -190,6 +211,8 @@ def plan(flags: list[str]) -> Run:
         "plain": args.plain,
         **training_settings(training_args),
     }
+    if training_args.world_size > 1:  # each draws its own dropout masks
+        settings["processes"] = training_args.world_size
     folder = Path(training_args.output_dir) / "runs" / run_name(settings)
     return Run(flags, args, training_args, model_folder, revision, data, settings, folder)
 
@@ -225,7 +248,8 @@ def run_name(settings: dict) -> str:
         f"_lr{s['learning_rate']:g}_epochs{s['num_train_epochs']:g}_seed{s['seed']}"
     )
     shown = {"learning_rate", "num_train_epochs", "seed"}
-    others = [f"{k}={s[k]}" for k, value in default_settings().items() if k not in shown and s[k] != value]
+    usual = {**default_settings(), "processes": 1}
+    others = [f"{k}={s[k]}" for k, value in usual.items() if k not in shown and s.get(k, value) != value]
     name = re.sub(r"[^\w@.,=+-]", "-", "_".join([name, *others])).lstrip(".")
     return name if len(name) <= 200 else f"{name[:183]}_{sha256(name.encode()).hexdigest()[:16]}"
 
@@ -247,6 +271,15 @@ def result_of(run: Run) -> dict | None:
         was = ", ".join(f"{name} {value} (now {asked[name]})" for name, value in changed.items())
         print(f"{run.folder} was made with {was}: running it again", file=sys.stderr)
         return None
+    for name, digest in result.get("files", {}).items():
+        try:
+            with (run.folder / name).open("rb") as file:
+                whole = file_digest(file, "sha256").hexdigest() == digest
+        except OSError:
+            whole = False
+        if not whole:
+            print(f"{run.folder}/{name} is not what the run wrote: running it again", file=sys.stderr)
+            return None
     for asked, name in ((run.args.save_model, "model"), (run.args.save_vectors, "vectors.npy")):
         if asked and not (run.folder / name).exists():
             print(f"{run.folder} has no {name}: running it again", file=sys.stderr)
@@ -260,6 +293,8 @@ def summary(run: Run, result: dict) -> str:
     how = "" if s["pooling"] == "cls" else ", mean pooling"
     how += "" if s["tuning"] == "full" else ", linear probe"
     how += "" if s["plain"] or result["speed"]["packed"] else ", with padding"
+    if (batch := result.get("batch", {})).get("halved"):
+        how += f", {batch['rows']} rows at a time for want of memory"
     return (
         f"{s['model']}, {where}, {s['dataset']}{how}, learning rate {s['learning_rate']:g}, seed {s['seed']}: "
         f"weighted F1 {100 * result['weighted_f1']:.2f} % (epoch {result['best_epoch']} of {result['epochs']})"

@@ -5,8 +5,9 @@
     python train.py --model distilbert-base-uncased --dataset ag_news --tuning probe
 
 Every flag of `TrainingArguments` works, but for those in FIXED: the paper's protocol, which tests after every epoch
-and keeps the best. The run's folder, outputs/runs/<run>, then holds `epochs.csv`, `predictions.csv.gz` (the test
-split, best epoch) and, written last, `result.json`. A run that is already there is not done again.
+and keeps the best. The run's folder, outputs/runs/<run>, appears whole, with `epochs.csv`, `predictions.csv.gz` (the
+test split, best epoch) and `result.json`. A run that is already there is not done again. With --resume one that was cut
+off goes on from its last epoch; `accelerate launch` in the place of `python` does one run on several GPUs.
 """
 
 import contextlib
@@ -17,12 +18,13 @@ import math
 import os
 import platform
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from fractions import Fraction
 from functools import lru_cache
 from importlib.metadata import version
@@ -36,7 +38,10 @@ import evaluate
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 import transformers
+from accelerate.utils import broadcast_object_list, find_executable_batch_size
+from filelock import Timeout
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     DataCollatorWithPadding,
@@ -53,6 +58,7 @@ import data_prep
 import encode
 import pack
 import settings
+import unfinished
 
 METRIC = Path(__file__).parent / "metrics" / "weighted_f1"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "numpy")
@@ -64,12 +70,16 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scik
 class PairedTrainer(Trainer):
     """A Trainer whose data order has a random stream of its own, and whose predictions keep the order of the rows."""
 
+    order_before: torch.Tensor | None = None  # the stream's state at the checkpoint from which the run goes on
+
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler:
         sampler = super()._get_train_sampler(self.train_dataset)  # which, unlike the argument, still has the lengths
         if self.args.train_sampling_strategy == "group_by_length":
             sampler.lengths = list(sampler.lengths)  # it asks for one at a time, slow from Arrow: seconds an epoch
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler.generator = corrupt.stream(seed, "data order")
+        self.data_order = sampler.generator = corrupt.stream(seed, "data order")
+        if self.order_before is not None:
+            self.data_order.set_state(self.order_before)
         return sampler
 
     def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> Sampler:
@@ -92,8 +102,8 @@ class StopIfDiverged(TrainerCallback):
 class Clock(TrainerCallback):
     """Counts the seconds of the optimizer steps, without evaluations and checkpoints."""
 
-    def __init__(self) -> None:
-        self.trained = 0.0
+    def __init__(self, trained: float = 0.0) -> None:
+        self.trained = trained
 
     def on_epoch_begin(self, *_: object, **__: object) -> None:
         self.last = time.perf_counter()
@@ -141,6 +151,14 @@ def quicken(model: transformers.PreTrainedModel, plain: bool, pooling: str) -> b
     return packed
 
 
+def mean_over_batch(
+    outputs: transformers.utils.ModelOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The part's share in the loss of the whole batch, of which it is accumulated: parts may have unequal sizes."""
+    total = F.cross_entropy(outputs.logits, labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
 class Setup(NamedTuple):
     """A Trainer that is ready to train, and what is known of its run besides."""
 
@@ -151,14 +169,14 @@ class Setup(NamedTuple):
     predicted: list[np.ndarray]  # filled by each evaluation: the predicted class of each row, in `order`
 
 
-def make_trainer(run: settings.Run, data: datasets.DatasetDict) -> Setup:
+def make_trainer(run: settings.Run, data: datasets.DatasetDict, loss: Callable | None = None) -> Setup:
     args, device = run.args, run.training_args.device
     tokenizer = corrupt.load_tokenizer(run.model_folder)
     names = data["train"].features["label"].names
     half = halves(np.array(data["test"]["label"]))
     tokens = {name: run.settings[name] for name in ("numbers", "data_fingerprint", "model_fingerprint", "max_length")}
     tokens |= {name: version(name) for name in ("transformers", "tokenizers")}
-    folder = Path(args.data_dir) / args.dataset / f"tokens-{encode.key_of(tokens)}"
+    folder = Path(args.data_dir) / "tokens" / f"{args.dataset}-{encode.key_of(tokens)}"
     data, order = encode.tokenised(data, tokenizer, args.max_length, folder)
     half = half[order]
 
@@ -176,7 +194,7 @@ def make_trainer(run: settings.Run, data: datasets.DatasetDict) -> Setup:
             model,
             data,
             tokenizer,
-            Path(run.training_args.output_dir) / "features" / encode.key_of(encoder_settings(run)),
+            run.unfinished.parent.with_name("features") / encode.key_of(encoder_settings(run)),
             run.training_args.per_device_eval_batch_size,
             device,
             autocast,
@@ -200,6 +218,7 @@ def make_trainer(run: settings.Run, data: datasets.DatasetDict) -> Setup:
         train_dataset=data["train"],
         eval_dataset=data["test"],
         processing_class=tokenizer,
+        compute_loss_func=loss,
         compute_metrics=compute_metrics,
         callbacks=[StopIfDiverged()],
     )
@@ -242,29 +261,98 @@ def epoch_table(log: list[dict]) -> pd.DataFrame:
     return table.rename(columns={name: name.removeprefix("eval_") for name in scores if name != "eval_loss"})
 
 
+class Trained(NamedTuple):
+    """What a Trainer that has done its epochs leaves."""
+
+    setup: Setup
+    clock: Clock
+    resumed_after: list[float]  # epochs: where the run went on after it had been cut off
+    seconds_before: float  # that were spent until then
+    batch: dict  # how the batch lay in memory
+
+
+def fine_tune(run: settings.Run, data: datasets.DatasetDict) -> Trained:
+    """Train the run, from its last checkpoint if it is to resume and has one.
+
+    Where memory runs out, the batch is halved and the accumulation doubled, until it fits: the optimizer's batch stays
+    what it was. Raises RunError if that is not possible.
+    """
+    args = run.training_args
+    rows = at_once = args.per_device_train_batch_size // args.world_size
+    accumulated, tested, started = (
+        args.gradient_accumulation_steps,
+        args.per_device_eval_batch_size,
+        time.perf_counter(),
+    )
+
+    def half() -> int:
+        nonlocal at_once
+        if at_once % 2 or args.world_size > 1:
+            raise settings.RunError(
+                f"out of memory with {at_once} rows at a time, which are not halved further: give a smaller "
+                "--per_device_train_batch_size or --max_length"
+            )
+        at_once //= 2
+        return at_once
+
+    @find_executable_batch_size(starting_batch_size=rows, reduce_batch_size_fn=half)
+    def train(batch_size: int) -> Trained:
+        parts = rows // batch_size
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = batch_size, parts * accumulated
+        args.per_device_eval_batch_size = max(1, tested // parts)
+        setup = make_trainer(run, data, mean_over_batch if parts > 1 else None)
+        checkpoint, progress = (unfinished.last_checkpoint(run) if run.args.resume else None) or (None, {})
+        clock, before = Clock(progress.get("trained", 0.0)), progress.get("total", 0.0)
+        resumed_after = progress.get("resumed_after", [])
+        if checkpoint:
+            resumed_after = [*resumed_after, progress["epoch"]]
+            setup.predicted.extend(np.array(classes) for classes in progress["predicted"])
+            setup.trainer.order_before = torch.tensor(progress["data_order"], dtype=torch.uint8)
+        setup.trainer.add_callback(clock)
+
+        def now() -> dict:
+            """What a process that goes on from here must know, besides the Trainer's own checkpoint."""
+            return {
+                "epoch": setup.trainer.state.epoch,
+                "predicted": [classes.tolist() for classes in setup.predicted],
+                "data_order": setup.trainer.data_order.get_state().tolist(),
+                "trained": clock.trained,
+                "total": before + time.perf_counter() - started,
+                "resumed_after": resumed_after,
+            }
+
+        setup.trainer.add_callback(unfinished.Checkpoints(run, now))
+        args.output_dir = str(run.unfinished / "checkpoints")
+        setup.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        batch = {"rows": batch_size, "accumulated": args.gradient_accumulation_steps, "processes": args.world_size}
+        return Trained(setup, clock, resumed_after, before, {**batch, "halved": (parts - 1).bit_length()})
+
+    return train()
+
+
 def execute(run: settings.Run) -> dict:
-    """Do the run and return its result, or leave `failure.json` with the reason and raise."""
-    checkpoints, started = run.folder / "checkpoints", time.perf_counter()
+    """Do the run and return its result, or leave `failure.json` with the reason and raise.
+
+    The caller holds the run's lock. Of several processes (accelerate launch) all train and the first one writes.
+    """
+    new, started, first = run.unfinished / "new", time.perf_counter(), run.training_args.process_index == 0
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("result.json", "failure.json", "epochs.csv", "predictions.csv.gz", "vectors.npy"):
-            (run.folder / name).unlink(missing_ok=True)
+        if run.folder.exists() and not run.folder.is_dir():
+            raise FileExistsError(f"a file is in its place: {run.folder}")
+        if first:
+            unfinished.discard(run)  # what a process that died has left
+            new.mkdir(parents=True)
     except OSError as error:
         raise settings.RunError(f"{run.folder} cannot be written: {corrupt.one_line(error)}") from error
     try:
-        for left_over in (checkpoints, run.folder / "model"):  # of a run that was killed, or of other settings
-            shutil.rmtree(left_over, ignore_errors=True)
         if data_prep.manifest(run.args.dataset, run.args.data_dir)["fingerprint"] != run.settings["data_fingerprint"]:
             raise settings.RunError(f"{run.args.dataset} was prepared anew after this run was planned: start it again")
         data = prepared(run.args.dataset, run.args.data_dir, run.settings["data_fingerprint"])
         run.training_args._n_gpu = min(run.training_args.n_gpu, 1)  # DataParallel would change the batch
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % of the time and repeats nothing
-        setup = make_trainer(run, data)
-        trainer, clock = setup.trainer, Clock()
-        trainer.add_callback(clock)
-        run.training_args.output_dir = str(checkpoints)
-        trainer.train()
+        trained = fine_tune(run, data)
+        trainer, setup = trained.setup.trainer, trained.setup
 
         epochs = epoch_table(trainer.state.log_history)
         best = epochs.to_dict("records")[epochs["weighted_f1"].idxmax()]
@@ -281,22 +369,17 @@ def execute(run: settings.Run) -> dict:
                     "the same twice"
                 )
         if run.args.save_vectors:
-            with data_prep.whole(run.folder / "vectors.npy") as path, path.open("wb") as file:
-                np.save(file, torch.cat(seen).numpy()[rows], allow_pickle=False)
+            np.save(new / "vectors.npy", torch.cat(seen).numpy()[rows], allow_pickle=False)
         if run.args.save_model:
-            trainer.save_model(str(run.folder / "model"))
-        with data_prep.whole(run.folder / "epochs.csv") as path:
-            epochs.to_csv(path, index=False)
-        with data_prep.whole(run.folder / "predictions.csv.gz") as path:
-            predictions.to_csv(path, index_label="row", compression={"method": "gzip", "mtime": 0})
-        total = time.perf_counter() - started
+            trainer.save_model(str(new / "model"))
+        total = trained.seconds_before + time.perf_counter() - started
         evaluated = sum(row.get("eval_runtime", 0) for row in trainer.state.log_history)
         result = {
             "weighted_f1": best["weighted_f1"],
             "accuracy": best["accuracy"],
             "best_epoch": best["epoch"],
             "epochs": len(epochs),
-            "command": f"OMP_NUM_THREADS={torch.get_num_threads()} {shlex.join(['python', 'train.py', *run.flags])}",
+            "command": command(run),
             "settings": run.settings,
             "model": {
                 "name": run.args.model,
@@ -307,26 +390,45 @@ def execute(run: settings.Run) -> dict:
             "data": {name: run.data[name] for name in ("request", "source", "dropped", "rows", "rows_per_class")},
             "corruption": setup.corruption,
             "speed": setup.speed,
-            "seconds": {"train": clock.trained, "evaluate": evaluated, "total": total},
+            "batch": trained.batch,
+            "resumed_after": trained.resumed_after,
+            "seconds": {"train": trained.clock.trained, "evaluate": evaluated, "total": total},
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": device_of(run),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "commit": git_commit(),
         }
-        with data_prep.whole(run.folder / "result.json") as path:
-            path.write_text(json.dumps(result, indent=1) + "\n")
+        if first:
+            epochs.to_csv(new / "epochs.csv", index=False)
+            gzip = {"method": "gzip", "mtime": 0}
+            predictions.to_csv(new / "predictions.csv.gz", index_label="row", compression=gzip)
+            result["files"] = unfinished.digests(new)
+            (new / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+            unfinished.install(run)
         return result
     except Exception as error:
-        failure = {"reason": f"{type(error).__name__}: {error}", "settings": run.settings}
-        failure["traceback"] = traceback.format_exc().splitlines()
-        with data_prep.whole(run.folder / "failure.json") as path:
-            path.write_text(json.dumps(failure, indent=1) + "\n")
+        if first:
+            unfinished.failed(run, f"{type(error).__name__}: {error}", traceback.format_exc().splitlines())
         raise
     finally:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        if first:
+            unfinished.discard(run)
+
+
+def command(run: settings.Run) -> str:
+    """The line that does the run again, to the last digit."""
+    start = ["accelerate", "launch", "--num_processes", str(run.training_args.world_size)]
+    start = ["python"] if run.training_args.world_size == 1 else start
+    return f"OMP_NUM_THREADS={torch.get_num_threads()} {shlex.join([*start, 'train.py', *run.flags])}"
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with `-dirty` if files of it were changed; None outside a git checkout."""
+    """The commit of this code, with `-dirty` if files of it were changed; None outside a git checkout.
+
+    On a cluster's nodes, where the code came without its repository, HEALING_COMMIT tells it.
+    """
+    if "HEALING_COMMIT" in os.environ:
+        return os.environ["HEALING_COMMIT"]
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, cwd=METRIC, capture_output=True, text=True, check=True).stdout.strip()
@@ -341,49 +443,77 @@ def quieten() -> None:
     datasets.disable_progress_bars()
 
 
-def finished(run: settings.Run) -> dict:
-    """The result of doing the run; any failure becomes a RunError, with the traceback in `failure.json`."""
-    try:
-        return execute(run)
-    except settings.BAD_INPUT:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {corrupt.one_line(error)}"
-        raise settings.RunError(f"the run failed, {reason}; the traceback is in {run.folder}/failure.json") from error
+def once(run: settings.Run, wait: bool = True) -> tuple[dict, bool]:
+    """The run's result, and whether it was there already; done now, if nobody has done it or is doing it.
 
-
-def do(cell: list[list[str]]) -> list[tuple[bool, str]]:
-    """Do a cell's runs in a worker of the grid; for each, whether it is there now, and a line to say so."""
-    quieten()
-    said = []
-    for flags in cell:
-        where = f"python train.py {shlex.join(flags)}"
+    If another process is at it, waits for its result, or raises filelock.Timeout if `wait` is false. Any failure of the
+    run becomes a RunError, with the traceback in `failure.json`.
+    """
+    first = run.training_args.process_index == 0
+    with unfinished.alone(run, wait) if first else contextlib.nullcontext():
+        (result,) = broadcast_object_list([settings.result_of(run) if first else None])
+        if result:
+            return result, True
         try:
-            run = settings.plan([*flags, "--disable_tqdm", "True"])
-            where = run.folder
-            with contextlib.redirect_stdout(None):  # the Trainer's lines, without its bar
-                result = settings.result_of(run) or execute(run)
-            said.append((True, settings.summary(run, result)))
+            return execute(run), False
+        except settings.BAD_INPUT:
+            raise
         except Exception as error:
-            said.append((False, f"{where}: {type(error).__name__}: {corrupt.one_line(error)}"))
+            reason = f"{type(error).__name__}: {corrupt.one_line(error)}"
+            raise settings.RunError(
+                f"the run failed, {reason}; the traceback is in {run.folder}/failure.json"
+            ) from error
+
+
+def do(flags: list[str], asked: dict, wait: bool, *more: str) -> tuple[str, str]:
+    """Do a run in a worker of the grid: "done", "failed", or "busy" if another process is at it; and a line.
+
+    `asked` are the settings that the grid found: a worker that finds others has other weights or rows. `more` are
+    flags that change no number.
+    """
+    quieten()
+    where = f"python train.py {shlex.join(flags)}"
+    try:
+        run = settings.plan(flags, ("--disable_tqdm", "True", *more))
+        if differ := [name for name, value in asked.items() if run.settings.get(name) != value]:
+            raise settings.RunError(
+                f"{', '.join(differ)} differ from what they were when the grid began: start it again"
+            )
+        where = run.folder
+        with contextlib.redirect_stdout(None):  # the Trainer's lines, without its bar
+            result, _ = once(run, wait)
+        return "done", settings.summary(run, result)
+    except Timeout:
+        return "busy", f"{where}: another process is doing it"
+    except Exception as error:
+        return "failed", f"{where}: {type(error).__name__}: {corrupt.one_line(error)}"
+    finally:
         gc.collect()  # a Trainer is full of cycles: without this, models pile up
-    return said
 
 
 def main() -> None:
     quieten()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
+    args, training_args = settings.parse(sys.argv[1:])
+    first = training_args.process_index == 0
     try:
-        run = settings.plan(sys.argv[1:])
-        result = settings.result_of(run)
-        done = "was there already" if result else "done"
-        result = result or finished(run)
+        with training_args.main_process_first(local=False), contextlib.redirect_stdout(sys.stdout if first else None):
+            run = settings.plan(sys.argv[1:])
+        try:
+            result, there = once(run, wait=False)
+        except Timeout:
+            print(f"another process is doing this run: waiting for its result in {run.folder}", flush=True)
+            result, there = once(run)
     except settings.BAD_INPUT as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        if first:
+            print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: nothing is kept of this run, the same command starts it again", file=sys.stderr)
+        kept = "it goes on from its last epoch" if args.resume else "nothing is kept of it (--resume keeps its epochs)"
+        print(f"interrupted: the same command does the run, {kept}", file=sys.stderr)
         sys.exit(130)
-    print(f"{settings.summary(run, result)}\n{done}: {run.folder}")
+    if first:
+        print(f"{settings.summary(run, result)}\n{'was there already' if there else 'done'}: {run.folder}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import data_prep
 import pack
 import settings
 import train
+import workers
 
 FLAGS = ["--model", "minilm", "--dataset", "rotten_tomatoes", "--disable_tqdm", "True"]
 PLAIN = ("--plain", "True")
@@ -219,7 +220,7 @@ def runs(data: Path, rounds: int) -> dict:
         for number in tqdm(range(rounds + 1), desc="runs"):
             more = [*flags, "--seed", str(number), "--output_dir", f"{folder}/alive"]
             started = time.perf_counter()
-            train.do([more])
+            train.do(more, {}, False)
             alive.append(fixed(settings.plan(more).folder, time.perf_counter() - started))
             more[-1] = f"{folder}/new"
             started = time.perf_counter()
@@ -263,24 +264,28 @@ def freeze(model: PreTrainedModel) -> None:
     model.base_model.requires_grad_(False)
 
 
-def workers(data: Path, rounds: int) -> dict:
+def side_by_side(data: Path, rounds: int) -> dict:
     """Runs an hour of the grid's workers: two runs of one epoch for each core, in processes that are awake."""
     cores = os.cpu_count()
-    ways = dict.fromkeys([cost.Workers(1, 1), cost.Workers(1, cores), cost.Workers(cores, 1)])
+    ways = dict.fromkeys([workers.Staff(1, 1), workers.Staff(1, cores), workers.Staff(cores, 1)])
     times = {str(staff): [] for staff in ways}
     with tempfile.TemporaryDirectory() as folder:
         for turn in tqdm(range(rounds), desc="workers"):
             for staff in ways:
-                pool, out = staff.pool(), f"{folder}/{staff}-{turn}"
                 flags = [*FLAGS, "--data_dir", str(data), "--num_train_epochs", "1"]
-                warm = [[*flags, "--max_steps", "1", "--output_dir", f"{out}-{n}"] for n in range(staff.processes)]
-                for task in [pool.submit(train.do, [run]) for run in warm]:
-                    task.result()
-                cells = [[[*flags, "--seed", str(seed), "--output_dir", out]] for seed in range(2 * cores)]
-                started = time.perf_counter()
-                said = [task.result() for task in [pool.submit(train.do, cell) for cell in cells]]
-                times[str(staff)].append(time.perf_counter() - started)
-                if not all(there for [(there, _)] in said):
+                with workers.Here(staff) as here:
+                    warm = [*flags, "--max_steps", "1"]
+                    for task in [
+                        worker.submit(train.do, warm, {}, False, "--output_dir", f"{folder}/{staff}-{turn}-{number}")
+                        for number, worker in enumerate(here.workers)
+                    ]:
+                        task.result()
+                    out = ["--output_dir", f"{folder}/{staff}-{turn}"]
+                    cells = [[settings.plan([*flags, "--seed", str(seed), *out])] for seed in range(2 * cores)]
+                    started = time.perf_counter()
+                    said = list(here.work(cells))
+                    times[str(staff)].append(time.perf_counter() - started)
+                if any(state != "done" for _, state, _ in said):
                     raise RuntimeError(f"a run failed: {said}")
     took = medians(times)
     rows = {
@@ -301,7 +306,7 @@ PARTS = {
     "profile": where_it_goes,
     "runs": runs,
     "probe": probe,
-    "workers": workers,
+    "workers": side_by_side,
 }
 
 

@@ -66,11 +66,11 @@ def test_cells_and_their_order(tmp_path: Path) -> None:
 def test_workers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     flag_lists = grid.jobs(grid.PRESETS["table1"], {"dataset": ("rte",), "percent": (Fraction(0),)})
     large = 1e9 + 24 * (302_309_376 + 30_522 * 1_024) + 4 * 20 * 32 * 64 * 1_024 * 24  # bytes of BERT-large, by hand
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     for memory, wanted, expected in ((9, None, (8, 1)), (9, 2, (2, 4)), (3, None, (3, 2)), (0.5, None, (1, 8))):
         monkeypatch.setattr(grid.psutil, "virtual_memory", lambda memory=memory: Memory(memory * large))
-        assert grid.workers(flag_lists, wanted) == expected
+        assert grid.staff(flag_lists, wanted, None)[:2] == expected
         assert ("more memory than there is" in capsys.readouterr().err) == (expected[0] < (wanted or 8))
 
 

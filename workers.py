@@ -1,0 +1,251 @@
+"""Who does the runs of a grid: processes of this machine that stay alive from run to run, or a Ray cluster.
+
+Both do `train.do`, and both outlive what they lose: a run whose worker was killed is done again. Used by grid.py.
+"""
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from pathlib import Path
+from threading import Thread
+from typing import NamedTuple, Self
+from uuid import uuid4
+
+os.environ.setdefault("LOKY_MAX_MEMORY_LEAK_SIZE", "1e15")  # a worker keeps models from run to run: that is no leak
+os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # of locks that a killed worker leaves behind
+
+from loky import ProcessPoolExecutor
+
+import corrupt
+import data_prep
+import settings
+import train
+import unfinished
+
+KILLED = "its worker was killed twice, perhaps for want of memory: --jobs 1 needs less"
+Said = tuple[settings.Run, str, str]  # a run, what became of it (done, failed, busy), and a line that says it
+
+
+# ---- On this machine ----
+
+
+class Staff(NamedTuple):
+    """The processes that do the runs, side by side, the threads of each, and the GPUs that they share."""
+
+    processes: int
+    threads: int
+    gpus: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.processes} x {self.threads} thread{'s' * (self.threads > 1)}"
+
+    def worker(self, number: int) -> ProcessPoolExecutor:
+        """A pool of one process, so that what kills it takes no other along. It starts with its first task."""
+        env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
+        if self.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = self.gpus[number % len(self.gpus)]
+        return ProcessPoolExecutor(1, env=env, initializer=begin, initargs=(os.getpid(),))
+
+
+def begin(parent: int) -> None:
+    """In a new worker: leave Ctrl-C to the grid, and end when the grid has died, whose next start does the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+class Here:
+    """Worker processes of this machine, which start at once and end with the `with` block."""
+
+    def __init__(self, staff: Staff) -> None:
+        self.staff = staff
+        self.workers = [staff.worker(number) for number in range(staff.processes)]
+        for worker in self.workers:
+            worker.submit(os.getpid)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for worker in self.workers:
+            worker.shutdown(kill_workers=kind is not None)
+
+    def __str__(self) -> str:
+        return str(self.staff)
+
+    def each(self, function: Callable, *given: object) -> list:
+        """What each worker returns, all of them working at once, since they share the memory's bandwidth."""
+        tasks = [worker.submit(function, *given) for worker in self.workers]
+        return [task.result() for task in tasks]
+
+    def work(self, cells: list[list[settings.Run]], blocking: bool = False) -> Iterator[Said]:
+        """Do the cells' runs, one cell after the other; a run whose worker was killed gets one more try.
+
+        A worker keeps to its cell, of which it has model and rows in memory. If no cell is left, it helps another.
+        A run that another process is at is "busy", or is waited for if `blocking`.
+        """
+        waiting, at_hand = deque(cells), [deque() for _ in self.workers]
+        running: dict[Future, tuple[int, settings.Run]] = {}
+        killed = Counter()
+
+        def give(number: int) -> None:
+            if waiting and not at_hand[number]:
+                at_hand[number].extend(waiting.popleft())
+            if source := at_hand[number] or max(at_hand, key=len):
+                run = source.popleft()
+                task = self.workers[number].submit(train.do, run.flags, run.settings, blocking)
+                running[task] = number, run
+
+        for number in range(len(self.workers)):
+            give(number)
+        while running:
+            for task in wait(running, return_when=FIRST_COMPLETED).done:
+                number, run = running.pop(task)
+                try:
+                    said = task.result()
+                except BrokenProcessPool:
+                    self.workers[number].shutdown(kill_workers=True)
+                    self.workers[number] = self.staff.worker(number)
+                    killed[run.folder] += 1
+                    said = ("failed", f"{run.folder}: {KILLED}")
+                    if killed[run.folder] == 1:
+                        at_hand[number].appendleft(run)
+                        said = ("again", f"{run.folder}: its worker was killed")
+                    else:
+                        unfinished.failed(run, KILLED, [])
+                give(number)
+                yield run, *said
+
+
+# ---- On a cluster ----
+
+
+class OnRay:
+    """The machines of a Ray cluster: the one that RAY_ADDRESS names or that runs here, else this machine alone.
+
+    A run is a task with one processor core and, where the cluster has GPUs, the given part of one. Ray does it again,
+    up to three times, if its worker or its machine dies. Results go to the output folder if the machine sees it, else
+    they are sent here; so are the prepared rows to a machine that has not the same.
+    """
+
+    def __init__(self, output_dir: str, data_dir: str, runs_per_gpu: int, memory: Callable[[list[str]], float]) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ModuleNotFoundError:
+            raise settings.RunError("--executor ray needs Ray: pip install -r requirements-cluster.txt") from None
+        self.memory = memory
+        self.ray, self.output_dir, self.data_dir = ray, Path(output_dir).resolve(), Path(data_dir).resolve()
+        self.token = self.output_dir / "unfinished" / f"grid-{uuid4().hex}"  # who sees it, sees the folder
+        env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        code = {
+            "working_dir": str(Path(__file__).parent),
+            "excludes": ["/.git", "/.venv", "/data", "/outputs", "/docs", "/tests", "/benchmarks"],
+            "env_vars": {**env, "HEALING_COMMIT": train.git_commit() or "unknown"},
+        }
+        try:
+            ray.init(runtime_env=code, logging_level="error", log_to_driver=False)
+        except Exception as error:  # Ray's own are of every kind
+            raise settings.RunError(f"no Ray cluster: {corrupt.one_line(error)}") from error
+        self.gpu_part = 1 / runs_per_gpu if ray.cluster_resources().get("GPU") else 0
+        self.machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.rows: dict[str, object] = {}  # of each data set, where Ray keeps them
+
+    def __enter__(self) -> Self:
+        self.token.parent.mkdir(parents=True, exist_ok=True)
+        self.token.touch()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.token.unlink(missing_ok=True)
+        self.ray.shutdown()
+
+    def __str__(self) -> str:
+        return f"Ray, {len(self.machines)} machine{'s' * (len(self.machines) > 1)}"
+
+    def work(self, cells: list[list[settings.Run]], blocking: bool = False) -> Iterator[Said]:
+        """Do the runs, as `Here.work` does. Raises RunError if no machine has the memory for one of them."""
+        task, running = self.ray.remote(on_node), {}
+        for run in (run for cell in cells for run in cell):
+            memory = int(self.memory(run.flags))
+            if memory > max(machine.get("memory", 0) for machine in self.machines):
+                raise settings.RunError(
+                    f"{run.folder.name} needs {memory / 2**30:.1f} GiB: no machine of the cluster has"
+                )
+            name = run.args.dataset
+            if name not in self.rows:
+                with data_prep.locked(name, self.data_dir):
+                    self.rows[name] = self.ray.put(contents(self.data_dir / name))
+            options = {"num_cpus": 1, "num_gpus": self.gpu_part, "memory": memory, "max_retries": 3}
+            given = (run.flags, run.settings, blocking, self.output_dir, self.data_dir, self.token, [self.rows[name]])
+            running[task.options(**options).remote(*given)] = run
+        while running:
+            (ready,), _ = self.ray.wait(list(running))
+            run = running.pop(ready)
+            try:
+                state, line, files = self.ray.get(ready)
+                if files:
+                    receive(run, files)
+            except self.ray.exceptions.RayError as error:
+                state, line = "failed", f"{run.folder}: {type(error).__name__}: {corrupt.one_line(error)}"
+                unfinished.failed(run, line, [])
+            yield run, state, line
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write(files: dict[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def receive(run: settings.Run, files: dict[str, bytes]) -> None:
+    """Install a run's files that came from a machine of the cluster, unless another process has done the run since."""
+    with unfinished.alone(run):
+        if settings.result_of(run) is None:
+            unfinished.discard(run, checkpoints_too=True)
+            write(files, run.unfinished / "new")
+            unfinished.install(run)
+
+
+@lru_cache(maxsize=1)
+def scratch() -> tempfile.TemporaryDirectory:
+    """A folder of this process's own, gone when it ends."""
+    return tempfile.TemporaryDirectory(prefix="healing-")
+
+
+def on_node(
+    flags: list[str], asked: dict, blocking: bool, output_dir: Path, data_dir: Path, token: Path, rows: list
+) -> tuple[str, str, dict[str, bytes]]:
+    """Do a run on a machine of the cluster; also returns its files, if this machine does not see the output folder."""
+    import ray
+
+    name, own, shared = asked["dataset"], Path(scratch().name), token.exists()
+    if not shared:
+        output_dir = own / "outputs"
+    if data_prep.fingerprint_of(name, data_dir) != asked["data_fingerprint"]:
+        data_dir = own / "data"
+        if data_prep.fingerprint_of(name, data_dir) != asked["data_fingerprint"]:
+            write(ray.get(rows[0]), data_dir / name)
+    state, line = train.do(flags, asked, blocking, "--output_dir", str(output_dir), "--data_dir", str(data_dir))
+    if shared:
+        return state, line, {}
+    folder = output_dir / "runs" / settings.run_name(asked)
+    files = contents(folder)
+    shutil.rmtree(output_dir / "runs", ignore_errors=True)
+    return state, line, files
