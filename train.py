@@ -481,8 +481,8 @@ def do(flags: list[str], asked: dict, wait: bool, *more: str) -> tuple[str, str]
             )
         where = run.folder
         with contextlib.redirect_stdout(None):  # the Trainer's lines, without its bar
-            result, _ = once(run, wait)
-        return "done", settings.summary(run, result)
+            result, there = once(run, wait)
+        return "done", settings.summary(run, result) + (", done by another process" if there else "")
     except Timeout:
         return "busy", f"{where}: another process is doing it"
     except Exception as error:
