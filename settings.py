@@ -250,7 +250,7 @@ def run_name(settings: dict) -> str:
     shown = {"learning_rate", "num_train_epochs", "seed"}
     usual = {**default_settings(), "processes": 1}
     others = [f"{k}={s[k]}" for k, value in usual.items() if k not in shown and s.get(k, value) != value]
-    name = re.sub(r"[^\w@.,=+-]", "-", "_".join([name, *others])).lstrip(".")
+    name = re.sub(r"[^\w@.,=+-]", "-", "_".join([name, *others])).lstrip(".-")
     return name if len(name) <= 200 else f"{name[:183]}_{sha256(name.encode()).hexdigest()[:16]}"
 
 

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from fractions import Fraction
 from functools import lru_cache
@@ -154,7 +154,10 @@ def quicken(model: transformers.PreTrainedModel, plain: bool, pooling: str) -> b
 def mean_over_batch(
     outputs: transformers.utils.ModelOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The part's share in the loss of the whole batch, of which it is accumulated: parts may have unequal sizes."""
+    """A part's share in the mean loss of the whole batch, where that is accumulated or shared among processes.
+
+    The library's own loss of a part is its mean, which the Trainer then takes for such a share: it would be too large.
+    """
     total = F.cross_entropy(outputs.logits, labels, reduction="sum")
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
@@ -169,7 +172,8 @@ class Setup(NamedTuple):
     predicted: list[np.ndarray]  # filled by each evaluation: the predicted class of each row, in `order`
 
 
-def make_trainer(run: settings.Run, data: datasets.DatasetDict, loss: Callable | None = None) -> Setup:
+def make_trainer(run: settings.Run, data: datasets.DatasetDict) -> Setup:
+    in_parts = run.training_args.gradient_accumulation_steps * run.training_args.world_size > 1
     args, device = run.args, run.training_args.device
     tokenizer = corrupt.load_tokenizer(run.model_folder)
     names = data["train"].features["label"].names
@@ -209,6 +213,9 @@ def make_trainer(run: settings.Run, data: datasets.DatasetDict, loss: Callable |
         for name, part in (("half_a", half == 0), ("half_b", half == 1)):
             part_scores = metric().compute(predictions=classes[part], references=labels[part])
             scores[f"weighted_f1_{name}"] = part_scores["weighted_f1"]
+        if run.training_args.world_size > 1:  # the Trainer's own counts rows twice where the processes' shares differ
+            logits, labels = torch.tensor(evaluated.predictions), torch.tensor(evaluated.label_ids)
+            scores["loss_of_all"] = F.cross_entropy(logits, labels).item()
         return scores
 
     trainer = PairedTrainer(
@@ -218,7 +225,7 @@ def make_trainer(run: settings.Run, data: datasets.DatasetDict, loss: Callable |
         train_dataset=data["train"],
         eval_dataset=data["test"],
         processing_class=tokenizer,
-        compute_loss_func=loss,
+        compute_loss_func=mean_over_batch if in_parts else None,
         compute_metrics=compute_metrics,
         callbacks=[StopIfDiverged()],
     )
@@ -254,6 +261,7 @@ def epoch_table(log: list[dict]) -> pd.DataFrame:
     """A row for each epoch: train and test loss, accuracy, weighted F1, and the F1 on either half of the test split."""
     train = pd.DataFrame([row for row in log if "loss" in row])[["epoch", "loss"]]
     test = pd.DataFrame([row for row in log if "eval_loss" in row])
+    test["eval_loss"] = test.get("eval_loss_of_all", test["eval_loss"])
     scores = ["eval_loss", *(f"eval_{name}" for name in ("accuracy", "weighted_f1"))]
     scores += ["eval_weighted_f1_half_a", "eval_weighted_f1_half_b"]
     table = train.merge(test[["epoch", *scores]], on="epoch", validate="one_to_one").convert_dtypes()
@@ -300,7 +308,7 @@ def fine_tune(run: settings.Run, data: datasets.DatasetDict) -> Trained:
         parts = rows // batch_size
         args.per_device_train_batch_size, args.gradient_accumulation_steps = batch_size, parts * accumulated
         args.per_device_eval_batch_size = max(1, tested // parts)
-        setup = make_trainer(run, data, mean_over_batch if parts > 1 else None)
+        setup = make_trainer(run, data)
         checkpoint, progress = (unfinished.last_checkpoint(run) if run.args.resume else None) or (None, {})
         clock, before = Clock(progress.get("trained", 0.0)), progress.get("total", 0.0)
         resumed_after = progress.get("resumed_after", [])
@@ -417,7 +425,7 @@ def execute(run: settings.Run) -> dict:
 
 def command(run: settings.Run) -> str:
     """The line that does the run again, to the last digit."""
-    start = ["accelerate", "launch", "--num_processes", str(run.training_args.world_size)]
+    start = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(run.training_args.world_size)]
     start = ["python"] if run.training_args.world_size == 1 else start
     return f"OMP_NUM_THREADS={torch.get_num_threads()} {shlex.join([*start, 'train.py', *run.flags])}"
 
@@ -494,6 +502,7 @@ def do(flags: list[str], asked: dict, wait: bool, *more: str) -> tuple[str, str]
 def main() -> None:
     quieten()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
+    settings.default_settings()  # first: TrainingArguments of other flags make accelerate's processes lose each other
     args, training_args = settings.parse(sys.argv[1:])
     first = training_args.process_index == 0
     try:

@@ -210,7 +210,7 @@ def disk(bench: Bench, _: int) -> None:
         bench.rows.append({"fault": "full disk", "left out": f"no tmpfs can be mounted here: {ran.stderr.strip()}"})
         return
     codes = [int(line.split()[1]) for line in ran.stdout.splitlines() if line.startswith("code")]
-    failed = ran.stderr.count("failed: ")
+    failed = ran.stdout.count("failed: ")
     bench.found("full disk", kept, **{"exit codes": codes, "failed on the full disk": failed})
 
 
