@@ -401,7 +401,7 @@ def execute(run: settings.Run) -> dict:
             "batch": trained.batch,
             "resumed_after": trained.resumed_after,
             "seconds": {"train": trained.clock.trained, "evaluate": evaluated, "total": total},
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "device": device_of(run),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "commit": git_commit(),

@@ -67,13 +67,11 @@ def begin(parent: int) -> None:
 
 
 class Here:
-    """Worker processes of this machine, which start at once and end with the `with` block."""
+    """Worker processes of this machine, which start with their first run and end with the `with` block."""
 
     def __init__(self, staff: Staff) -> None:
         self.staff = staff
         self.workers = [staff.worker(number) for number in range(staff.processes)]
-        for worker in self.workers:
-            worker.submit(os.getpid)
 
     def __enter__(self) -> Self:
         return self
@@ -105,7 +103,12 @@ class Here:
                 at_hand[number].extend(waiting.popleft())
             if source := at_hand[number] or max(at_hand, key=len):
                 run = source.popleft()
-                task = self.workers[number].submit(train.do, run.flags, run.settings, blocking)
+                given = (train.do, run.flags, run.settings, blocking)
+                try:
+                    task = self.workers[number].submit(*given)
+                except BrokenProcessPool:  # killed while it had nothing to do
+                    self.workers[number] = self.staff.worker(number)
+                    task = self.workers[number].submit(*given)
                 running[task] = number, run
 
         for number in range(len(self.workers)):

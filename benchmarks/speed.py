@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,31 @@ def side_by_side(data: Path, rounds: int) -> dict:
     return {"rows": rows, "seconds": times}
 
 
+def whole_grid(data: Path, rounds: int) -> dict:
+    """The time in which no worker trained or tested, of a grid of 24 demo runs from command to end."""
+    with tempfile.TemporaryDirectory() as folder:
+        data_prep.prepare("rotten_tomatoes", data_dir=f"{folder}/data")
+        data_prep.prepare("bbc_news", data_dir=f"{folder}/data")
+        command = [sys.executable, "grid.py", "--preset", "demo", "--seed", "0", "1"]
+        command += ["--data_dir", f"{folder}/data", "--output_dir", folder]
+        begun = datetime.now(UTC)
+        subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True)
+        total = (datetime.now(UTC) - begun).total_seconds()
+        spans = []
+        for path in Path(folder).glob("runs/*/result.json"):
+            result = json.loads(path.read_text())
+            end = (datetime.fromisoformat(result["finished"]) - begun).total_seconds()
+            spans.append((end - result["seconds"]["train"] - result["seconds"]["evaluate"], end))
+    trained, until = 0.0, 0.0
+    for start, end in sorted(spans):
+        trained += max(0.0, end - max(start, until))
+        until = max(until, end)
+    row = {"runs": len(spans), "seconds": round(total, 1), "before the first": round(min(spans)[0], 1)}
+    row |= {"none trained": round(total - trained, 1), "share": f"{1 - trained / total:.1%}"}
+    show({"grid": row}, "A grid of demo runs: the time in which no worker trained")
+    return {"rows": {"grid": row}, "seconds": spans}
+
+
 PARTS = {
     "training": training,
     "evaluation": evaluation,
@@ -307,6 +333,7 @@ PARTS = {
     "runs": runs,
     "probe": probe,
     "workers": side_by_side,
+    "grid": whole_grid,
 }
 
 

@@ -74,6 +74,20 @@ def test_workers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture)
         assert ("more memory than there is" in capsys.readouterr().err) == (expected[0] < (wanted or 8))
 
 
+# With GPUs a worker for each, or as many as asked for, and each told which GPU is its own.
+def test_workers_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    flag_lists = grid.jobs(grid.PRESETS["demo"], {})
+    with pytest.raises(settings.RunError, match="there is none"):
+        grid.staff(flag_lists, None, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert grid.staff(flag_lists, None, None) == (2, 6, ("0", "1"))
+    assert grid.staff(flag_lists, None, 3) == (6, 2, ("0", "1"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8f6c")
+    assert grid.staff(flag_lists, 4, None) == (4, 3, ("5", "GPU-8f6c"))
+
+
 # A model that cannot be had is asked for once, not for each of its runs; not one run is left, so the reason is told.
 def test_a_model_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
