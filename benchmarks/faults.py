@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from uuid import uuid4
 
 import pandas as pd
 import psutil
@@ -34,6 +35,7 @@ RUNS = 24
 NUMBERS = ("epochs.csv", "predictions.csv.gz")
 KILLS = ("SIGKILL of a worker", "SIGKILL of the grid", "SIGTERM of the grid", "Ctrl-C", "SIGKILL of all at once")
 PRIVATE = ("unshare", "--mount", "--map-root-user", "sh", "-c")  # a shell that sees mounts of its own
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid4().hex}
 
 
 class Bench:
@@ -147,8 +149,9 @@ def kills(bench: Bench, count: int) -> None:
                     grid.wait()
                     psutil.wait_procs(workers)
                     slowest[kind] = max(slowest[kind], time.monotonic() - started)
-                    if grid.returncode == 130 and "the same command goes on" not in bench.said(output):
-                        raise RuntimeError(f"{kind}: the grid did not say how to go on")
+                    polite = kind in ("Ctrl-C", "SIGTERM of the grid")
+                    if polite and (grid.returncode != 130 or "the same command goes on" not in bench.said(output)):
+                        raise RuntimeError(f"{kind}: exit code {grid.returncode}: {bench.said(output)[-2000:]}")
             if grid.returncode == 1:
                 raise RuntimeError(f"a run failed for good: {bench.said(output)[-2000:]}")
             now = results(output)
@@ -242,7 +245,7 @@ def node(bench: Bench, address: str, *flags: str, hide: tuple[Path, ...] = ()) -
         mounts = "; ".join(f"mount -t tmpfs tmpfs {folder}" for folder in hide)
         command = [*PRIVATE, f"{mounts}; exec {' '.join(command)}"]
     with (bench.folder / "ray.log").open("a") as log:
-        return psutil.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return psutil.Popen(command, env={**os.environ, **TOKEN}, stdout=log, stderr=log, start_new_session=True)
 
 
 def end(process: psutil.Popen) -> None:
@@ -276,7 +279,7 @@ def cluster(bench: Bench, _: int) -> None:
         head = node(bench, address, "--head", "--port", "6399", "--num-cpus", "0", "--include-dashboard", "false")
         time.sleep(8)
         nodes = [node(bench, address, *small, hide=hide) for _ in range(3)]
-        env, started = {"RAY_ADDRESS": address}, time.perf_counter()
+        env, started = {"RAY_ADDRESS": address, **TOKEN}, time.perf_counter()
         try:
             grid = bench.start(output, "--executor", "ray", env=env)
             until_done(output, 3)
@@ -308,6 +311,7 @@ def main() -> None:
     parser.add_argument("--random_seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     random.seed(args.random_seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would a grid
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         for part in args.part:

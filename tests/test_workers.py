@@ -7,6 +7,7 @@ import shutil
 import time
 from pathlib import Path
 from threading import Thread
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -55,7 +56,10 @@ def test_a_killed_worker(flags: list[str]) -> None:
 
 # A machine that sees the output folder writes there; one that does not gets the rows and sends the result. Both give
 # the numbers of this machine's workers.
-def test_ray(flags: list[str], tmp_path: Path) -> None:
+def test_ray(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid4().hex)  # else Ray would write one to the user's home
     data = shutil.copytree(flags[5], tmp_path / "data")
     flags = [*flags, "--num_train_epochs", "2", "--data_dir", str(data)]
     plans = [settings.plan([*flags, "--seed", seed]) for seed in "01"]
