@@ -86,6 +86,10 @@ class PairedTrainer(Trainer):
         return SequentialSampler(eval_dataset)  # the library's own groups by length and so shuffles predictions
 
 
+class Diverged(settings.RunError):
+    """A run that would diverge again: none of its checkpoints is worth keeping."""
+
+
 class StopIfDiverged(TrainerCallback):
     """Ends a run whose loss is no longer a number: its F1 would be that of a constant."""
 
@@ -94,9 +98,7 @@ class StopIfDiverged(TrainerCallback):
     ) -> None:
         for name in {"loss", "eval_loss"} & logs.keys():
             if not math.isfinite(logs[name]):
-                raise settings.RunError(
-                    f"diverged: {name} is {logs[name]} in epoch {state.epoch:g}; lower --learning_rate"
-                )
+                raise Diverged(f"diverged: {name} is {logs[name]} in epoch {state.epoch:g}; lower --learning_rate")
 
 
 class Clock(TrainerCallback):
@@ -417,6 +419,7 @@ def execute(run: settings.Run) -> dict:
     except Exception as error:
         if first:
             unfinished.failed(run, f"{type(error).__name__}: {error}", traceback.format_exc().splitlines())
+            unfinished.discard(run, checkpoints_too=isinstance(error, Diverged))
         raise
     finally:
         if first:

@@ -168,6 +168,8 @@ class OnRay:
 
     def __enter__(self) -> Self:
         self.token.parent.mkdir(parents=True, exist_ok=True)
+        for token in self.token.parent.glob("grid-*"):  # of grids that were killed; a living one is sent its results
+            token.unlink(missing_ok=True)
         self.token.touch()
         return self
 

@@ -35,7 +35,7 @@ RUNS = 24
 NUMBERS = ("epochs.csv", "predictions.csv.gz")
 KILLS = ("SIGKILL of a worker", "SIGKILL of the grid", "SIGTERM of the grid", "Ctrl-C", "SIGKILL of all at once")
 PRIVATE = ("unshare", "--mount", "--map-root-user", "sh", "-c")  # a shell that sees mounts of its own
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid4().hex}
+RAY = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid4().hex, "RAY_raylet_start_wait_time_s": "120"}
 
 
 class Bench:
@@ -244,8 +244,14 @@ def node(bench: Bench, address: str, *flags: str, hide: tuple[Path, ...] = ()) -
     if hide:
         mounts = "; ".join(f"mount -t tmpfs tmpfs {folder}" for folder in hide)
         command = [*PRIVATE, f"{mounts}; exec {' '.join(command)}"]
-    with (bench.folder / "ray.log").open("a") as log:
-        return psutil.Popen(command, env={**os.environ, **TOKEN}, stdout=log, stderr=log, start_new_session=True)
+    log = bench.folder / f"ray-{time.monotonic_ns()}.log"
+    with log.open("w") as said:
+        started = psutil.Popen(command, env={**os.environ, **RAY}, stdout=said, stderr=said, start_new_session=True)
+    while "Ray runtime started" not in log.read_text():
+        if started.poll() is not None:
+            raise RuntimeError(log.read_text())
+        time.sleep(0.2)
+    return started
 
 
 def end(process: psutil.Popen) -> None:
@@ -277,9 +283,8 @@ def cluster(bench: Bench, _: int) -> None:
         hide = () if shared else (output, bench.folder / "data")
         small = ("--num-cpus", "1", "--memory", memory, "--object-store-memory", str(2**28))
         head = node(bench, address, "--head", "--port", "6399", "--num-cpus", "0", "--include-dashboard", "false")
-        time.sleep(8)
         nodes = [node(bench, address, *small, hide=hide) for _ in range(3)]
-        env, started = {"RAY_ADDRESS": address, **TOKEN}, time.perf_counter()
+        env, started = {"RAY_ADDRESS": address, **RAY}, time.perf_counter()
         try:
             grid = bench.start(output, "--executor", "ray", env=env)
             until_done(output, 3)

@@ -259,10 +259,10 @@ def test_bad_input(
 
 # A learning rate that makes the loss overflow is a failed run with its reason, not an F1.
 def test_a_diverged_run_is_a_failure(flags: list[str]) -> None:
-    run = settings.plan([*flags, "--learning_rate", "1e30"])
+    run = settings.plan([*flags, "--learning_rate", "1e30", "--resume"])
     with pytest.raises(settings.RunError, match="diverged"):
         train.execute(run)
-    assert file_names(run.folder) == ["failure.json"]
+    assert file_names(run.folder) == ["failure.json"] and not run.unfinished.exists()
     assert "lower --learning_rate" in json.loads((run.folder / "failure.json").read_text())["reason"]
 
 
