@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from uuid import uuid4
 
 import datasets
 import numpy as np
@@ -450,12 +451,17 @@ def fingerprint_of(name: str, data_dir: str | Path = "data") -> str | None:
     return manifest(name, data_dir)["fingerprint"] if is_prepared(name, data_dir) else None
 
 
+def lock(path: Path) -> FileLock:
+    """A lock that the system takes from a process that dies. Where the file system has none, acquiring it fails."""
+    return FileLock(path, fallback_to_soft=False)
+
+
 @contextmanager
 def locked(name: str, data_dir: str | Path) -> Iterator[None]:
     """Keeps others from putting other rows in the set's place. Raises DataError where that is not possible."""
     try:
         Path(data_dir).mkdir(parents=True, exist_ok=True)
-        held = FileLock(Path(data_dir) / f".{name}.lock").acquire()
+        held = lock(Path(data_dir) / f".{name}.lock").acquire()
     except OSError as error:
         raise DataError(f"{name}: {data_dir} cannot be written: {one_line(error)}") from error
     with held:
@@ -518,7 +524,7 @@ def write_table2(data_dir: str | Path, output_dir: str | Path) -> Path:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` at the end: the file appears whole or not at all."""
-    aside = path.with_name(f".partial-{path.name}")
+    aside = path.with_name(f".partial-{uuid4().hex}-{path.name}")  # others may be writing the same
     try:
         yield aside
         aside.replace(path)

@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -47,7 +47,7 @@ def made_once(parts: datasets.DatasetDict, function: Callable, folder: Path, **o
     aside = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock_of(folder)):
+        with data_prep.lock(lock_of(folder)):
             if folder.is_dir():
                 try:
                     folder.touch()  # the last use, for `trim`
@@ -91,7 +91,7 @@ def trim(cache: Path, limit: int = CACHE_BYTES) -> None:
         for entry in entries:
             held += sum(file.stat().st_size for file in entry.glob("*"))
             if held > limit and entry != entries[0]:
-                with FileLock(lock_of(entry), timeout=0):
+                with data_prep.lock(lock_of(entry)).acquire(timeout=0):
                     shutil.rmtree(entry)
     except (Timeout, FileNotFoundError):
         return  # somebody else is using the cache or emptying it: the next probe trims it

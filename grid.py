@@ -201,6 +201,8 @@ def plan(flag_lists: list[list[str]]) -> tuple[list[settings.Run], list[str], in
             run = settings.plan(flags)
             if run.folder not in planned and settings.result_of(run) is None:
                 runs.append(run)
+            elif run.unfinished.exists():
+                unfinished.sweep(run)
             planned.add(run.folder)  # flags that go to every run can make two of them one
         except settings.BAD_INPUT as error:
             if isinstance(error, data_prep.DataError):
@@ -308,7 +310,7 @@ def main() -> None:
         print("a worker was killed, perhaps for want of memory: with --jobs 1 it needs less", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        kept = "from their last epochs" if run_args.resume else "from the beginning (--resume keeps their epochs)"
+        kept = "from their last epochs" if "--resume" in shared else "from the beginning (--resume keeps their epochs)"
         print(f"interrupted: the same command goes on; runs that were cut off start {kept}", file=sys.stderr)
         sys.exit(130)
     if failures:

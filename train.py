@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate.utils import broadcast_object_list, find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache
 from filelock import Timeout
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
@@ -276,7 +277,7 @@ class Trained(NamedTuple):
 
     setup: Setup
     clock: Clock
-    resumed_after: list[float]  # epochs: where the run went on after it had been cut off
+    cut_off: list[dict]  # the parts of the run before this one: until which epoch, and what did them
     seconds_before: float  # that were spent until then
     batch: dict  # how the batch lay in memory
 
@@ -288,12 +289,14 @@ def fine_tune(run: settings.Run, data: datasets.DatasetDict) -> Trained:
     what it was. Raises RunError if that is not possible.
     """
     args = run.training_args
-    rows = at_once = args.per_device_train_batch_size // args.world_size
-    accumulated, tested, started = (
-        args.gradient_accumulation_steps,
-        args.per_device_eval_batch_size,
-        time.perf_counter(),
-    )
+    rows = args.per_device_train_batch_size // args.world_size
+    accumulated, tested = args.gradient_accumulation_steps, args.per_device_eval_batch_size
+    args.output_dir, started = str(run.unfinished / "checkpoints"), time.perf_counter()
+
+    def last_checkpoint() -> tuple[Path | None, dict]:
+        return (unfinished.last_checkpoint(run) if run.args.resume else None) or (None, {})
+
+    at_once = first = last_checkpoint()[1].get("rows", rows)
 
     def half() -> int:
         nonlocal at_once
@@ -305,37 +308,39 @@ def fine_tune(run: settings.Run, data: datasets.DatasetDict) -> Trained:
         at_once //= 2
         return at_once
 
-    @find_executable_batch_size(starting_batch_size=rows, reduce_batch_size_fn=half)
+    @find_executable_batch_size(starting_batch_size=at_once, reduce_batch_size_fn=half)
     def train(batch_size: int) -> Trained:
+        if batch_size < first:
+            clear_device_cache(garbage_collection=True)  # the attempt before, which its exception kept alive until now
         parts = rows // batch_size
         args.per_device_train_batch_size, args.gradient_accumulation_steps = batch_size, parts * accumulated
         args.per_device_eval_batch_size = max(1, tested // parts)
         setup = make_trainer(run, data)
-        checkpoint, progress = (unfinished.last_checkpoint(run) if run.args.resume else None) or (None, {})
+        checkpoint, progress = last_checkpoint()
         clock, before = Clock(progress.get("trained", 0.0)), progress.get("total", 0.0)
-        resumed_after = progress.get("resumed_after", [])
+        cut_off = progress.get("parts", [])
         if checkpoint:
-            resumed_after = [*resumed_after, progress["epoch"]]
             setup.predicted.extend(np.array(classes) for classes in progress["predicted"])
             setup.trainer.order_before = torch.tensor(progress["data_order"], dtype=torch.uint8)
         setup.trainer.add_callback(clock)
 
         def now() -> dict:
             """What a process that goes on from here must know, besides the Trainer's own checkpoint."""
+            part = {"until_epoch": setup.trainer.state.epoch, "rows": batch_size, "device": device_of(run)}
+            part |= {"commit": git_commit(), **{name: version(name) for name in ("torch", "transformers")}}
             return {
-                "epoch": setup.trainer.state.epoch,
                 "predicted": [classes.tolist() for classes in setup.predicted],
                 "data_order": setup.trainer.data_order.get_state().tolist(),
                 "trained": clock.trained,
                 "total": before + time.perf_counter() - started,
-                "resumed_after": resumed_after,
+                "rows": batch_size,
+                "parts": [*cut_off, part],
             }
 
         setup.trainer.add_callback(unfinished.Checkpoints(run, now))
-        args.output_dir = str(run.unfinished / "checkpoints")
         setup.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         batch = {"rows": batch_size, "accumulated": args.gradient_accumulation_steps, "processes": args.world_size}
-        return Trained(setup, clock, resumed_after, before, {**batch, "halved": (parts - 1).bit_length()})
+        return Trained(setup, clock, cut_off, before, {**batch, "halved": (parts - 1).bit_length()})
 
     return train()
 
@@ -401,7 +406,7 @@ def execute(run: settings.Run) -> dict:
             "corruption": setup.corruption,
             "speed": setup.speed,
             "batch": trained.batch,
-            "resumed_after": trained.resumed_after,
+            "cut_off": trained.cut_off,
             "seconds": {"train": trained.clock.trained, "evaluate": evaluated, "total": total},
             "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "device": device_of(run),
@@ -464,16 +469,17 @@ def once(run: settings.Run, wait: bool = True) -> tuple[dict, bool]:
     with unfinished.alone(run, wait) if first else contextlib.nullcontext():
         (result,) = broadcast_object_list([settings.result_of(run) if first else None])
         if result:
+            if first and run.unfinished.exists():
+                unfinished.discard(run, checkpoints_too=True)
             return result, True
         try:
             return execute(run), False
         except settings.BAD_INPUT:
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {corrupt.one_line(error)}"
-            raise settings.RunError(
-                f"the run failed, {reason}; the traceback is in {run.folder}/failure.json"
-            ) from error
+            kept, reason = run.folder / "failure.json", f"{type(error).__name__}: {corrupt.one_line(error)}"
+            where = f"; the traceback is in {kept}" if kept.exists() else ""
+            raise settings.RunError(f"the run failed, {reason}{where}") from error
 
 
 def do(flags: list[str], asked: dict, wait: bool, *more: str) -> tuple[str, str]:
@@ -514,6 +520,10 @@ def main() -> None:
         try:
             result, there = once(run, wait=False)
         except Timeout:
+            if training_args.world_size > 1:
+                raise settings.RunError(
+                    "another process is doing this run: start it again when that has ended"
+                ) from None
             print(f"another process is doing this run: waiting for its result in {run.folder}", flush=True)
             result, there = once(run)
     except settings.BAD_INPUT as error:

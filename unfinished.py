@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import file_digest
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -31,36 +31,53 @@ def alone(run: settings.Run, wait: bool = True) -> Iterator[None]:
     lock = Path(f"{run.unfinished}.lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock).acquire(timeout=-1 if wait else 0)
+        held = data_prep.lock(lock).acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         raise settings.RunError(f"{lock} cannot be written and locked: {corrupt.one_line(error)}") from error
     with held:
         if (run.unfinished / "old").is_dir() and not run.folder.exists():  # a process died while it installed the new
             (run.unfinished / "old").rename(run.folder)
-        yield
-        lock.unlink()  # only now that the result is there: whoever gets a lock on the file without a name, looks again
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # whoever gets a lock on the file without a name tries again
+
+
+def of_the_dead(locks: Iterable[Path]) -> Iterator[Path]:
+    """Delete those of the lock files that no living process of this user holds, and give their paths."""
+    for path in locks:
+        try:
+            with data_prep.lock(path).acquire(timeout=0):
+                path.unlink(missing_ok=True)
+        except OSError:
+            continue
+        yield path
 
 
 def sweep(run: settings.Run) -> None:
-    """Delete what a dead process left of the run; with --resume not its checkpoints. Does nothing if one is at it."""
+    """Delete what a dead process left of the run, unless somebody is at it; `discard` says what stays."""
     try:
         with alone(run, wait=False):
-            discard(run)
+            discard(run, checkpoints_too=settings.result_of(run) is not None)
     except Timeout:
         return
 
 
 def discard(run: settings.Run, checkpoints_too: bool = False) -> None:
-    """Delete the run's unfinished files; the caller holds its lock."""
-    keep = run.args.resume and not checkpoints_too
-    shutil.rmtree(run.unfinished / "new" if keep else run.unfinished, ignore_errors=True)
+    """Delete the run's unfinished files, with --resume not its checkpoints; the caller holds its lock."""
+    if run.args.resume and not checkpoints_too:
+        for part in ("new", "old"):
+            shutil.rmtree(run.unfinished / part, ignore_errors=True)
+    else:
+        shutil.rmtree(run.unfinished, ignore_errors=True)
 
 
 def install(run: settings.Run) -> None:
     """Put the folder `new` in the place of the run's, which is whole at every moment or not there."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run.unfinished / "old", ignore_errors=True)
     if run.folder.exists():
         run.folder.rename(run.unfinished / "old")
     (run.unfinished / "new").rename(run.folder)
@@ -77,10 +94,14 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def failed(run: settings.Run, reason: str, traceback: list[str]) -> None:
-    """Leave the reason in the run's folder; a result of other settings that stands there stays."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with data_prep.whole(run.folder / "failure.json") as path:
-        path.write_text(json.dumps({"reason": reason, "settings": run.settings, "traceback": traceback}, indent=1))
+    """Leave the reason in the run's folder, beside an earlier result if there is one; or say that it cannot be left."""
+    failure = {"reason": reason, "settings": run.settings, "traceback": traceback}
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with data_prep.whole(run.folder / "failure.json") as path:
+            path.write_text(json.dumps(failure, indent=1) + "\n")
+    except OSError as error:
+        print(f"{run.folder}/failure.json cannot be written: {corrupt.one_line(error)}", file=sys.stderr)
 
 
 # ---- Checkpoints ----
@@ -98,6 +119,8 @@ class Checkpoints(TrainerCallback):
         self.run, self.progress = run, progress
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if args.world_size > 1:
+            args.distributed_state.wait_for_everyone()  # each process writes its random state
         if not args.should_save:
             return
         if self.run.args.resume:
@@ -112,7 +135,7 @@ class Checkpoints(TrainerCallback):
 
 
 def last_checkpoint(run: settings.Run) -> tuple[Path, dict] | None:
-    """The last checkpoint that is whole and of the run's own settings, and its progress; says which it passes over.
+    """The last checkpoint that is whole and of the run's own settings, and its progress; deletes later ones.
 
     Raises RunError for a checkpoint of another user: its optimizer.pt is a pickle, if a restricted one.
     """
@@ -125,7 +148,11 @@ def last_checkpoint(run: settings.Run) -> tuple[Path, dict] | None:
             whole = all((folder / name).stat().st_size == size for name, size in progress["sizes"].items())
             if whole and progress["settings"] == run.settings:
                 return folder, progress
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
-        print(f"{folder} is not whole, or was made with other settings: it is not used", file=sys.stderr)
+            print(f"{folder} is not whole, or of other settings: not used", file=sys.stderr)
+        except FileNotFoundError:
+            pass  # of a process that died while it saved, or of the last epoch
+        except (ValueError, KeyError, TypeError, AttributeError):
+            print(f"{folder}/progress.json cannot be read: not used", file=sys.stderr)
+        if run.training_args.process_index == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # as the latest it would push out others
     return None

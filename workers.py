@@ -3,6 +3,8 @@
 Both do `train.do`, and both outlive what they lose: a run whose worker was killed is done again. Used by grid.py.
 """
 
+import atexit
+import json
 import os
 import shutil
 import signal
@@ -136,7 +138,7 @@ class Here:
 
 
 class OnRay:
-    """The machines of a Ray cluster: the one that RAY_ADDRESS names or that runs here, else this machine alone.
+    """The machines of the Ray cluster that RAY_ADDRESS names, or this machine alone.
 
     A run is a task with one processor core and, where the cluster has GPUs, the given part of one. Ray does it again,
     up to three times, if its worker or its machine dies. Results go to the output folder if the machine sees it, else
@@ -151,26 +153,31 @@ class OnRay:
             raise settings.RunError("--executor ray needs Ray: pip install -r requirements-cluster.txt") from None
         self.memory = memory
         self.ray, self.output_dir, self.data_dir = ray, Path(output_dir).resolve(), Path(data_dir).resolve()
-        self.token = self.output_dir / "unfinished" / f"grid-{uuid4().hex}"  # who sees it, sees the folder
+        self.token = self.output_dir / "unfinished" / f".grid-{uuid4().hex}.lock"  # who sees it, sees the folder
         env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        here = Path(__file__).parent
         code = {
-            "working_dir": str(Path(__file__).parent),
-            "excludes": ["/.git", "/.venv", "/data", "/outputs", "/docs", "/tests", "/benchmarks"],
+            "working_dir": str(here),
+            "excludes": [f"/{path.name}" for path in here.iterdir() if path.suffix != ".py" and path.name != "metrics"],
             "env_vars": {**env, "HEALING_COMMIT": train.git_commit() or "unknown"},
         }
         try:
-            ray.init(runtime_env=code, logging_level="error", log_to_driver=False)
+            address = os.environ.get("RAY_ADDRESS", "local")  # Ray's own choice may be a cluster that died
+            ray.init(address, runtime_env=code, logging_level="error", log_to_driver=False)
         except Exception as error:  # Ray's own are of every kind
             raise settings.RunError(f"no Ray cluster: {corrupt.one_line(error)}") from error
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in the grid's place
         self.gpu_part = 1 / runs_per_gpu if ray.cluster_resources().get("GPU") else 0
         self.machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.rows: dict[str, object] = {}  # of each data set, where Ray keeps them
 
     def __enter__(self) -> Self:
-        self.token.parent.mkdir(parents=True, exist_ok=True)
-        for token in self.token.parent.glob("grid-*"):  # of grids that were killed; a living one is sent its results
-            token.unlink(missing_ok=True)
-        self.token.touch()
+        try:
+            self.token.parent.mkdir(parents=True, exist_ok=True)
+            deque(unfinished.of_the_dead(self.token.parent.glob(".grid-*.lock")), maxlen=0)
+            self.held = data_prep.lock(self.token).acquire()
+        except OSError as error:
+            raise settings.RunError(f"{self.token} cannot be written: {corrupt.one_line(error)}") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -194,7 +201,10 @@ class OnRay:
                 with data_prep.locked(name, self.data_dir):
                     self.rows[name] = self.ray.put(contents(self.data_dir / name))
             options = {"num_cpus": 1, "num_gpus": self.gpu_part, "memory": memory, "max_retries": 3}
-            given = (run.flags, run.settings, blocking, self.output_dir, self.data_dir, self.token, [self.rows[name]])
+            model = Path(run.args.model)
+            more = ("--model", str(model.resolve())) if model.is_dir() else ()
+            places = (self.output_dir, self.data_dir, self.token, [self.rows[name]])
+            given = (run.flags, run.settings, blocking, more, *places)
             running[task.options(**options).remote(*given)] = run
         while running:
             (ready,), _ = self.ray.wait(list(running))
@@ -203,7 +213,7 @@ class OnRay:
                 state, line, files = self.ray.get(ready)
                 if files:
                     receive(run, files)
-            except self.ray.exceptions.RayError as error:
+            except (self.ray.exceptions.RayError, settings.RunError, OSError) as error:
                 state, line = "failed", f"{run.folder}: {type(error).__name__}: {corrupt.one_line(error)}"
                 unfinished.failed(run, line, [])
             yield run, state, line
@@ -221,6 +231,10 @@ def write(files: dict[str, bytes], folder: Path) -> None:
 
 def receive(run: settings.Run, files: dict[str, bytes]) -> None:
     """Install a run's files that came from a machine of the cluster, unless another process has done the run since."""
+    if "result.json" not in files:
+        failure = json.loads(files["failure.json"])
+        unfinished.failed(run, failure["reason"], failure["traceback"])
+        return
     with unfinished.alone(run):
         if settings.result_of(run) is None:
             unfinished.discard(run, checkpoints_too=True)
@@ -229,28 +243,40 @@ def receive(run: settings.Run, files: dict[str, bytes]) -> None:
 
 
 @lru_cache(maxsize=1)
-def scratch() -> tempfile.TemporaryDirectory:
-    """A folder of this process's own, gone when it ends."""
-    return tempfile.TemporaryDirectory(prefix="healing-")
+def scratch() -> tuple[Path, object]:
+    """A folder of this process's own, and its lock; those of processes that died are removed."""
+    for lock in unfinished.of_the_dead(Path(tempfile.gettempdir()).glob("healing-*.lock")):
+        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="healing-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder, data_prep.lock(Path(f"{folder}.lock")).acquire()
 
 
 def on_node(
-    flags: list[str], asked: dict, blocking: bool, output_dir: Path, data_dir: Path, token: Path, rows: list
+    flags: list[str],
+    asked: dict,
+    blocking: bool,
+    more: tuple[str, ...],
+    output_dir: Path,
+    data_dir: Path,
+    token: Path,
+    rows: list,
 ) -> tuple[str, str, dict[str, bytes]]:
     """Do a run on a machine of the cluster; also returns its files, if this machine does not see the output folder."""
     import ray
 
-    name, own, shared = asked["dataset"], Path(scratch().name), token.exists()
+    name, shared = asked["dataset"], token.exists()
     if not shared:
-        output_dir = own / "outputs"
+        output_dir = scratch()[0] / "outputs"
     if data_prep.fingerprint_of(name, data_dir) != asked["data_fingerprint"]:
-        data_dir = own / "data"
+        data_dir = scratch()[0] / "data"
         if data_prep.fingerprint_of(name, data_dir) != asked["data_fingerprint"]:
             write(ray.get(rows[0]), data_dir / name)
-    state, line = train.do(flags, asked, blocking, "--output_dir", str(output_dir), "--data_dir", str(data_dir))
+    more = (*more, "--output_dir", str(output_dir), "--data_dir", str(data_dir))
+    state, line = train.do(flags, asked, blocking, *more)
     if shared:
         return state, line, {}
-    folder = output_dir / "runs" / settings.run_name(asked)
-    files = contents(folder)
-    shutil.rmtree(output_dir / "runs", ignore_errors=True)
+    files = contents(output_dir / "runs" / settings.run_name(asked))
+    for part in ("runs", "unfinished"):
+        shutil.rmtree(output_dir / part, ignore_errors=True)
     return state, line, files

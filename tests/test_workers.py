@@ -65,13 +65,13 @@ def test_ray(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     plans = [settings.plan([*flags, "--seed", seed]) for seed in "01"]
     here_too = [settings.plan([*flags, "--seed", seed, "--output_dir", str(tmp_path / "here")]) for seed in "01"]
     with workers.Here(workers.Staff(1, 1)) as here:
-        assert [state for _, state, _ in here.work([here_too])] == ["done", "done"]
+        said_here = [line for _, _, line in here.work([here_too])]
     with workers.OnRay(str(tmp_path / "outputs"), str(data), 1, cost.memory) as cluster:
         shared, apart = plans
-        assert [state for _, state, _ in cluster.work([[shared]])] == ["done"]
+        assert [said[1:] for said in cluster.work([[shared]])] == [("done", said_here[0])]
         cluster.token.unlink()
         data.rename(tmp_path / "not seen")
-        assert [state for _, state, _ in cluster.work([[apart]])] == ["done"]
+        assert [said[1:] for said in cluster.work([[apart]])] == [("done", said_here[1])]
     for run, other in zip(plans, here_too, strict=True):
         assert settings.result_of(run)["commit"] == settings.result_of(other)["commit"]
         for name in ("epochs.csv", "predictions.csv.gz"):
