@@ -444,7 +444,7 @@ def git_commit() -> str | None:
     On a cluster's nodes, where the code came without its repository, HEALING_COMMIT tells it.
     """
     if "HEALING_COMMIT" in os.environ:
-        return os.environ["HEALING_COMMIT"]
+        return os.environ["HEALING_COMMIT"] or None
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, cwd=METRIC, capture_output=True, text=True, check=True).stdout.strip()

@@ -45,15 +45,17 @@ def alone(run: settings.Run, wait: bool = True) -> Iterator[None]:
             lock.unlink(missing_ok=True)  # whoever gets a lock on the file without a name tries again
 
 
-def of_the_dead(locks: Iterable[Path]) -> Iterator[Path]:
-    """Delete those of the lock files that no living process of this user holds, and give their paths."""
+def of_the_dead(locks: Iterable[Path]) -> list[Path]:
+    """Delete those of the lock files that no living process holds and this user may; returns their paths."""
+    dead = []
     for path in locks:
         try:
             with data_prep.lock(path).acquire(timeout=0):
                 path.unlink(missing_ok=True)
-        except OSError:
+        except OSError:  # filelock.Timeout among them
             continue
-        yield path
+        dead.append(path)
+    return dead
 
 
 def sweep(run: settings.Run) -> None:

@@ -159,7 +159,7 @@ class OnRay:
         code = {
             "working_dir": str(here),
             "excludes": [f"/{path.name}" for path in here.iterdir() if path.suffix != ".py" and path.name != "metrics"],
-            "env_vars": {**env, "HEALING_COMMIT": train.git_commit() or "unknown"},
+            "env_vars": {**env, "HEALING_COMMIT": train.git_commit() or ""},
         }
         try:
             address = os.environ.get("RAY_ADDRESS", "local")  # Ray's own choice may be a cluster that died
@@ -174,7 +174,7 @@ class OnRay:
     def __enter__(self) -> Self:
         try:
             self.token.parent.mkdir(parents=True, exist_ok=True)
-            deque(unfinished.of_the_dead(self.token.parent.glob(".grid-*.lock")), maxlen=0)
+            unfinished.of_the_dead(self.token.parent.glob(".grid-*.lock"))
             self.held = data_prep.lock(self.token).acquire()
         except OSError as error:
             raise settings.RunError(f"{self.token} cannot be written: {corrupt.one_line(error)}") from error
