@@ -231,8 +231,10 @@ def do_runs(
     finally:
         for run in runs:
             unfinished.sweep(run)
-    if not keep_features and any(run.args.tuning == "probe" for run in runs):
-        shutil.rmtree(Path(training_args.output_dir) / "features", ignore_errors=True)
+    output_dir = Path(training_args.output_dir)
+    other_grids = any(output_dir.glob("unfinished/*.lock"))  # they may be reading the features
+    if not keep_features and not other_grids and any(run.args.tuning == "probe" for run in runs):
+        shutil.rmtree(output_dir / "features", ignore_errors=True)
     return failures
 
 
