@@ -129,3 +129,14 @@ def test_saved_vectors(pooling: str, tiny_bert: Path, small_data: Path, tmp_path
         expected = hidden[0] if pooling == "cls" else hidden[1:].mean(0)
         np.testing.assert_allclose(vectors[row], expected.numpy(), atol=1e-5)
     assert json.loads((run.folder / "result.json").read_text())["settings"]["pooling"] == pooling
+
+
+# A file that was cut off between two of its parts reads as whole, but with fewer rows: it is made again.
+def test_too_few_rows_in_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = Dataset.from_dict({"x": [1, 2, 3, 4]})
+    for name, part in (("few", rows.select([0, 1])), ("all", rows)):
+        encode.made_once(DatasetDict(train=part), dict, tmp_path / name)
+    (tmp_path / "few" / "train.arrow").replace(tmp_path / "all" / "train.arrow")
+    made = encode.made_once(DatasetDict(train=rows), dict, tmp_path / "all")
+    assert made["train"]["x"][:] == [1, 2, 3, 4]
+    assert "train has 2 rows of 4" in capsys.readouterr().err
