@@ -38,7 +38,7 @@ DATASETS = {"sst2": "SST-2", "imdb": "IMDB", "ag_news": "AG News", "emotion": "E
 DATASETS |= {"tfnt": "TFNT", "mrpc": "MRPC", "rte": "RTE", "rotten_tomatoes": "Rotten Tomatoes", "bbc_news": "BBC News"}
 TABLES = {1: "after fine-tuning", 3: "with the mean token", 4: "of the linear probe", 5: "on sentence pairs"}
 CLAIMS = ("corrupted < undamaged", "more damage, lower F1", "bottom < top")
-Table = namedtuple("Table", "text collapsed missing")  # two frames of the same shape but for the names, and a count
+Table = namedtuple("Table", "text collapsed cell missing")  # frames of the same shape but for the names, and a count
 PAPER = Path(__file__).parent / "paper"
 PAPER_LAYERS = {"base": 12, "large": 24, "distil": 6}  # in the order of MODELS
 COLLAPSED = 0.99  # of the predictions are one class
@@ -177,10 +177,16 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
     cells["edge"] = at_edge.astype("boolean").where(rates.size() > 1)
     cells["learning_rates_tried"] = rates.agg(lambda rates: " ".join(f"{rate:g}" for rate in rates))
     cells = cells.reset_index()
-    table = (cells["pooling"] + " " + cells["tuning"]).map({"cls full": 1, "mean full": 3, "cls probe": 4})
-    cells["table"] = table.mask((table == 1) & cells["dataset"].isin(["mrpc", "rte"]), 5).astype("Int64")
+    tables = [table_of(*of) for of in zip(cells["pooling"], cells["tuning"], cells["dataset"], strict=True)]
+    cells["table"] = pd.array(tables, dtype="Int64")
     shown = ["f1", "f1_std", "cross_fitted", "gap", "seeds", "learning_rate", "learning_rates_tried", "edge"]
     return cells[["table", *CELL, *shown, "collapsed", "constant_f1", "layers", "runs"]]
+
+
+def table_of(pooling: str, tuning: str, dataset: str) -> int | None:
+    """The number of the paper's table that such a cell belongs to; None if it has no such table."""
+    table = {("cls", "full"): 1, ("mean", "full"): 3, ("cls", "probe"): 4}.get((pooling, tuning))
+    return 5 if table == 1 and dataset in ("mrpc", "rte") else table
 
 
 def paper_cells() -> pd.DataFrame:
@@ -202,22 +208,23 @@ def paper_table(cells: pd.DataFrame) -> Table:
     """One table's cells in the paper's layout: ours and the paper's own are made by this.
 
     A row for each model and degree of corruption, columns `<data set> bottom` and `<data set> top`. 0 % and 100 % have
-    no side: the paper prints one number across both columns, here it stands in both. Missing are those in the rows and
-    columns that are there.
+    no side: the paper prints one number across both columns, here it stands in both. `cell` says which row of `cells` a
+    number comes from. Missing are those in the rows and columns that are there.
     """
     columns = pd.MultiIndex.from_product([in_order(cells["dataset"], DATASETS), ["bottom", "top"]])
-    cells = cells.assign(model=pd.Categorical(cells["model"], in_order(cells["model"], MODELS)))
+    cells = cells.assign(model=pd.Categorical(cells["model"], in_order(cells["model"], MODELS)), cell=cells.index)
     across = cells["percent"].isin([0, 100])
     cells = pd.concat([cells[~across], *(cells[across].assign(side=side) for side in ("bottom", "top"))])
-    wide = cells.set_index(["model", "variant", "percent", "layers", "dataset", "side"])[["f1", "collapsed"]]
+    wide = cells.set_index(["model", "variant", "percent", "layers", "dataset", "side"])[["f1", "collapsed", "cell"]]
     wide = wide.unstack(["dataset", "side"])
-    f1, collapsed = (wide[values].reindex(columns=columns) for values in ("f1", "collapsed"))
+    f1, collapsed, cell = (wide[values].reindex(columns=columns) for values in ("f1", "collapsed", "cell"))
     text, collapsed = f1.map(lambda value: "" if pd.isna(value) else f"{value:.2f}"), collapsed.eq(True)
-    text.columns = collapsed.columns = [f"{DATASETS.get(name, name)} {side}" for name, side in columns]
+    text.columns = collapsed.columns = cell.columns = [f"{DATASETS.get(name, name)} {side}" for name, side in columns]
     text.insert(0, "model", [" ".join([MODELS.get(model, model), variant]).strip() for model, variant, *_ in f1.index])
     text.insert(1, "corruption", [f"{part:g}% (1-{depth})" if depth else "0%" for *_, part, depth in f1.index])
     missing = sum(row.isna().sum() / (2 if degree[2] in (0, 100) else 1) for degree, row in f1.iterrows())
-    return Table(text.reset_index(drop=True), collapsed.reset_index(drop=True), int(missing))
+    frames = (frame.reset_index(drop=True) for frame in (text, collapsed, cell.astype("Int64")))
+    return Table(*frames, int(missing))
 
 
 def marked(table: Table, bold: str, red: str) -> pd.DataFrame:

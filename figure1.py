@@ -6,7 +6,7 @@
 It takes runs of `python train.py --save_vectors` (`python grid.py --preset figure1` does the paper's four) that
 `python aggregate.py` has put into results.csv. The panels are 0 %, top, bottom and 100 %, the paper's order: four runs
 that differ in the corruption and the learning rate alone (the best by F1), at the lowest seed that all four have.
-Beside outputs/figure1_<model>_<dataset>.png stand the dots, in .csv, and what the panels say, in _numbers.csv:
+Beside outputs/figure1_<model>_<dataset>.png and .pdf stand the dots, in .csv, and what the panels say, in _numbers.csv:
 
     f1            weighted F1 of the run, in percent
     silhouette    of the true classes, in the original space: 1 far apart, 0 mixed, below 0 closer to another class
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
@@ -134,28 +135,30 @@ def measure(four: list, loaded: list) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(numbers), pd.concat(dots)
 
 
-def draw(numbers: pd.DataFrame, dots: pd.DataFrame, names: dict[int, str]) -> Figure:
-    """The panels side by side, and one legend."""
-    figure = Figure(figsize=(12, 3.8), dpi=200, layout="constrained")
+def draw(numbers: pd.DataFrame, dots: pd.DataFrame, names: dict[int, str], across: int = 4) -> Figure:
+    """The panels, four across as wide as a page's text or two across, and one legend."""
+    figure = Figure(figsize=(7, 2.15) if across == 4 else (3.8, 4.9), dpi=300, layout="constrained")
     looks = {label: (COLOURS[i % 7], MARKERS[i // 7 % 3]) for i, label in enumerate(names)}
-    size = np.clip(2e4 / len(dots), 2, 12)  # a dot's area
+    size = np.clip(7e3 / len(dots), 0.7, 4)  # a dot's area
     dots = dots.assign(marker=[looks[label][1] for label in dots["label"]])
     dots = dots.sample(frac=1, random_state=0)  # so that no class lies on top of the others
-    for axes, letter, panel in zip(figure.subplots(1, 4), "abcd", numbers.itertuples(), strict=True):
+    subplots = figure.subplots(4 // across, across).flat
+    for axes, letter, panel in zip(subplots, "abcd", numbers.itertuples(), strict=True):
         for marker, its in dots[dots["run"] == panel.run].groupby("marker"):
             colours = [looks[label][0] for label in its["label"]]
-            axes.scatter(its["x"], its["y"], size, colours, marker=marker, alpha=0.6, linewidths=0.5 * (marker == "x"))
+            axes.scatter(its["x"], its["y"], size, colours, marker=marker, alpha=0.6, linewidths=0.3 * (marker == "x"))
         axes.set(xticks=[], yticks=[], box_aspect=1)
         axes.set_aspect("equal", adjustable="datalim")
-        axes.spines[:].set(color="0.75", linewidth=0.8)
-        axes.set_title(f"({letter}) {name_of(panel.side, panel.percent)}", fontsize=11)
-        measured = f"silhouette {panel.silhouette:z.3f}   {NEIGHBOURS}-NN {panel.knn_accuracy:.2f} %"
-        axes.set_xlabel(f"F1 {panel.f1:.2f} %\n{measured}", fontsize=9, linespacing=1.5)
-    handles = [Line2D([], [], color=c, marker=m, linestyle="", markersize=5) for c, m in looks.values()]
-    small = 7 if len(names) > 10 else 9
-    figure.legend(handles, names.values(), loc="outside right center", frameon=False, fontsize=small, handletextpad=0.2)
+        axes.spines[:].set(color="0.75", linewidth=0.5)
+        axes.set_title(f"({letter}) {name_of(panel.side, panel.percent)}", fontsize=7.5, pad=3)
+        measured = f"silhouette {panel.silhouette:z.3f}  {NEIGHBOURS}-NN {panel.knn_accuracy:.2f} %"
+        axes.set_xlabel(f"F1 {panel.f1:.2f} %\n{measured}", fontsize=6, linespacing=1.4, labelpad=2)
+    handles = [Line2D([], [], color=c, marker=m, linestyle="", markersize=3) for c, m in looks.values()]
+    looks = {"frameon": False, "fontsize": 5 if len(names) > 10 else 6.5, "handletextpad": 0.2}
+    place = {"loc": "outside right center"} if across == 4 else {"loc": "outside lower center", "ncols": 4}
+    figure.legend(handles, names.values(), **place, **looks)
     title = f"{panel.model} on {panel.dataset}{panel.variant and ', '}{panel.variant}: t-SNE of the [CLS] vectors of "
-    figure.suptitle(f"{title}{panel.rows:,} test rows after fine-tuning", fontsize=10, color="0.3")
+    figure.suptitle(f"{title}{panel.rows:,} test rows after fine-tuning", fontsize=6.5, color="0.3")
     return figure
 
 
@@ -183,13 +186,16 @@ def main() -> None:
             figures.append((f"figure1_{'_'.join(pair).replace('/', '--')}", four, loaded))
         for stem, four, loaded in figures:
             numbers, dots = measure(four, loaded)
-            draw(numbers, dots, loaded[0][2]).savefig(output_dir / f".partial-{stem}.png")
+            figure = draw(numbers, dots, loaded[0][2])
+            figure.savefig(output_dir / f".partial-{stem}.png")
+            with rc_context({"pdf.fonttype": 42}):  # TrueType, embedded
+                figure.savefig(output_dir / f".partial-{stem}.pdf", metadata={"CreationDate": None})
             dots.to_csv(output_dir / f".partial-{stem}.csv", index=False)
             numbers.to_csv(output_dir / f".partial-{stem}_numbers.csv", index=False)
-            for name in (f"{stem}.csv", f"{stem}_numbers.csv", f"{stem}.png"):  # now that all three are whole
+            for name in (f"{stem}.csv", f"{stem}_numbers.csv", f"{stem}.pdf", f"{stem}.png"):  # now that all are whole
                 (output_dir / f".partial-{name}").replace(output_dir / name)
             print(numbers.drop(columns=["run", "variant"]).to_string(index=False))
-            print(f"-> {output_dir}/{stem}.png, {stem}.csv, {stem}_numbers.csv")
+            print(f"-> {output_dir}/{stem}.png, {stem}.pdf, {stem}.csv, {stem}_numbers.csv")
     except (NoFigure, OSError) as error:
         parser.error(str(error))
 

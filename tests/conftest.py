@@ -1,10 +1,14 @@
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from playwright.sync_api import Browser, sync_playwright
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import corrupt
@@ -65,3 +69,15 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in data_prep.DEMO:
         data_prep.prepare(name, train_size=96, test_size=50, data_dir=data_dir)
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium: the system's, or the one that `python -m playwright install chromium` brings."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
+    quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=quiet)
+        yield chromium
+        chromium.close()

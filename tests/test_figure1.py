@@ -17,7 +17,7 @@ import figure1
 
 # The paper's panels: how many of the first class's 20 rows lie where the second class's 20 do, and the F1 in percent.
 PANELS = {("none", 0): (0, 94.0), ("top", 25): (2, 93.0), ("bottom", 25): (4, 92.0), ("all", 100): (6, 80.0)}
-FILES = ["figure1_org--bert_ag_news.csv", "figure1_org--bert_ag_news.png", "figure1_org--bert_ag_news_numbers.csv"]
+FILES = [f"figure1_org--bert_ag_news{end}" for end in (".csv", ".pdf", ".png", "_numbers.csv")]
 
 
 def add_run(output_dir: Path, side: str, percent: float, strays: int = 0, f1: float = 90.0, **changes: object) -> Path:
@@ -82,7 +82,7 @@ def test_panels_in_the_papers_order_with_their_numbers(tmp_path: Path, monkeypat
     call(monkeypatch, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*")) == [*FILES, "results.csv", "runs"]
 
-    numbers = pd.read_csv(tmp_path / FILES[2])
+    numbers = pd.read_csv(tmp_path / FILES[3])
     assert list(zip(numbers["side"], numbers["percent"], strict=True)) == list(PANELS)
     assert list(numbers["run"]) == [folder.name for folder in folders]
     assert list(numbers["f1"]) == [94, 93, 92, 80]
@@ -98,7 +98,10 @@ def test_panels_in_the_papers_order_with_their_numbers(tmp_path: Path, monkeypat
     place = dots.loc[dots["side"] == "all", ["x", "y"]].to_numpy()
     away = np.linalg.norm(place - place[1::2].mean(0), axis=1)
     assert away[0:12:2].max() < away[12::2].min()
-    assert imread(tmp_path / FILES[1]).shape[:2] == (760, 2400)
+    assert imread(tmp_path / FILES[2]).shape[:2] == (645, 2100)
+
+    pdf = (tmp_path / FILES[1]).read_bytes()
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # fonts embedded, as TrueType
 
     before = {name: (tmp_path / name).read_bytes() for name in FILES}
     call(monkeypatch, tmp_path, "--model", "org/bert", "--dataset", "ag_news", "--percent", "25")
@@ -153,7 +156,7 @@ def test_each_class_looks_like_its_name_in_the_legend() -> None:
         ]
         assert sorted(dots) == [(i, shown[name][0], outline(shown[name][1])) for i, name in names.items()]
     assert [axes.get_title() for axes in figure.axes] == ["(a) 0 %", "(b) 25 % top", "(c) 25 % bottom", "(d) 100 %"]
-    assert figure.axes[0].get_xlabel() == "F1 94.13 %\nsilhouette 0.000   15-NN 87.50 %"
+    assert figure.axes[0].get_xlabel() == "F1 94.13 %\nsilhouette 0.000  15-NN 87.50 %"
 
 
 def swap_labels(folder: Path) -> None:

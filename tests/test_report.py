@@ -1,0 +1,259 @@
+"""The page in a real browser, its numbers against the paper's CSVs and figures worked out by hand."""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import page
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+from playwright.sync_api import Browser, Page
+
+import aggregate
+import grid
+import report
+import settings
+import train
+
+ROOT = Path(report.__file__).parent
+BASE, LARGE = "bert-base-uncased", "bert-large-uncased"
+
+
+def run_script(module: object, monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+    module.main()
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that give the paper's own numbers: all of Tables 4 and 5, and Table 1's SST-2 without BERT-large's 25 %."""
+    output_dir = tmp_path_factory.mktemp("papers") / "my outputs"
+    rate, flag_lists = {"learning_rate": ("2e-5",)}, []
+    for preset, axes in (("table4", {}), ("table5", {}), ("table1", {"dataset": ("sst2",)})):
+        flag_lists += grid.jobs(grid.PRESETS[preset], axes | rate)
+    left_out = {LARGE, "1/4", "sst2"}
+    page.write_runs([flags for flags in flag_lists if not left_out <= set(flags)], output_dir, noise=0)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for module in (aggregate, report):
+            run_script(module, monkeypatch, "--output_dir", output_dir)
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, small_data: Path) -> Path:
+    """A real run of a model that the paper does not know, alone."""
+    output_dir = tmp_path_factory.mktemp("one") / "outputs"
+    flags = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--data_dir", str(small_data), "--max_steps", "2"]
+    train.once(settings.plan([*flags, "--output_dir", str(output_dir), "--disable_tqdm", "True"]))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for module in (aggregate, report):
+            run_script(module, monkeypatch, "--output_dir", output_dir)
+    return output_dir
+
+
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Opens a page; afterwards it must have asked for nothing but itself and have said nothing on the console."""
+    contexts, pages, said, asked = [], [], [], []
+
+    def open_page(path: Path, **options: object) -> Page:
+        contexts.append(browser.new_context(**options))
+        tab = contexts[-1].new_page()
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: asked.append(request.url))
+        pages.append(path.as_uri())
+        tab.goto(pages[-1])
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:") and url not in pages] == []
+
+
+# On a phone and on a desk, light and dark: nothing is wider than the page, and each table and figure has a place on it.
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("outputs", ["papers", "one_run"])
+def test_every_table_and_figure_is_visible(
+    outputs: str, width: int, opened: Callable, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(outputs) / "report.html"
+    for scheme in ("light", "dark"):
+        tab = opened(path, viewport={"width": width, "height": 900}, color_scheme=scheme)
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
+        things = tab.locator(".heat, figure svg, .card, .list:not(details *)").all()
+        kinds = [thing.evaluate("thing => thing.tagName") for thing in things]
+        assert {"svg", "TABLE", "DIV"} <= set(kinds)
+        for thing in things:
+            box = thing.bounding_box()
+            assert thing.is_visible() and 0 <= box["x"] < width and box["height"] > 20
+        ink, ground = (tab.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+        brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, ground)]
+        assert brightness[0] < brightness[1] if scheme == "light" else brightness[0] > brightness[1]
+    for svg in tab.locator("figure svg").all():  # the text of a figure can be read: 6 pixels at the least
+        size = svg.locator("text").first.evaluate("text => text.getBoundingClientRect().height")
+        assert size > 6
+
+
+# The maps' texts are the paper's CSV, in both the map of ours and of the paper's; what was not run is a dash.
+def test_the_maps_hold_the_papers_tables(papers: Path, opened: Callable) -> None:
+    tab = opened(papers / "report.html")
+    titles = tab.locator("#tables .map h4").all_inner_texts()
+    assert titles == ["Ours", "The paper", "Ours - the paper"] * 3
+    texts = [view.locator("td button").all_inner_texts() for view in tab.locator("#tables .map").all()]
+    for place, number in enumerate((1, 4, 5)):
+        with (ROOT / "paper" / f"table{number}.csv").open() as file:
+            expected = [row["f1"] for row in csv.DictReader(file) if number != 1 or row["dataset"] == "SST-2"]
+        ours, paper, apart = ([text.rstrip("†") for text in view] for view in texts[3 * place : 3 * place + 3])
+        assert sorted(paper) == sorted(expected)
+        missing = [place for place, text in enumerate(ours) if text == "\u2013"]
+        assert [text for place, text in enumerate(ours) if place not in missing] == [
+            text for place, text in enumerate(paper) if place not in missing
+        ]
+        assert len(missing) == (2 if number == 1 else 0)
+        assert set(apart) <= {"+0.00", "-0.00", "\u2013"} and apart.count("\u2013") == len(missing)
+    # BERT-large's outliers of Table 5, and they alone, are red
+    red = tab.locator("#tables .map").nth(6).locator(".collapsed").all_inner_texts()
+    assert [text.rstrip("†") for text in red] == ["30.05"] * 3
+
+
+# Pointing at a number, or tapping it, shows what the CSVs have for it; what else is open closes.
+def test_a_number_tells_where_it_comes_from(papers: Path, opened: Callable) -> None:
+    cells = pd.read_csv(papers / "cells.csv")
+    cell = cells.query("model == 'distilbert-base-uncased' and dataset == 'mrpc' and side == 'top'").iloc[0]
+    tips = "[popover]:popover-open"
+    for options in ({}, {"has_touch": True, "is_mobile": True, "viewport": {"width": 400, "height": 800}}):
+        tab = opened(papers / "report.html", **options)
+        button = tab.locator("#tables .map").nth(6).locator("button", has_text="71.00")
+        (button.tap if options else button.hover)()
+        tab.wait_for_selector(tips)
+        words = " ".join(tab.locator(tips).inner_text().split())
+        assert "Distil, top 50 %, MRPC" in words and f"ours {cell['f1']:.2f} the paper 71.00" in words
+        assert f"cross-fitted {cell['cross_fitted']:.2f}" in words and "against undamaged -8.03" in words  # 79.03
+        box = tab.locator(tips).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= tab.viewport_size["width"]
+        other = tab.locator("#tables .map").nth(6).locator("button", has_text="79.03")
+        (other.tap if options else other.hover)()
+        tab.wait_for_function(f"document.querySelector('{tips}')?.innerText.includes('undamaged')")
+        assert tab.locator(tips).count() == 1
+        tab.locator(tips).locator("a", has_text="run").first.click()
+        row = tab.locator("tr:target")
+        run = cells.query("model == 'distilbert-base-uncased' and dataset == 'mrpc' and side == 'none'")["runs"].item()
+        result = json.loads((papers / "runs" / run / "result.json").read_text())
+        assert result["command"] in row.inner_text()
+
+
+@pytest.mark.parametrize("outputs", ["papers", "one_run"])
+def test_links_resolve(outputs: str, opened: Callable, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(outputs)
+    tab = opened(folder / "report.html")
+    links = set(tab.evaluate("[...document.querySelectorAll('a')].map(link => link.getAttribute('href'))"))
+    ids = set(tab.evaluate("[...document.querySelectorAll('[id]')].map(element => element.id)"))
+    assert len(links) > 10
+    for link in links - {"https://arxiv.org/abs/2406.14459"}:
+        assert link[1:] in ids if link.startswith("#") else (folder / unquote(link)).exists(), link
+
+
+# The counts of the paper's claims in Tables 4 and 5, counted by others; on its own numbers ours are the same.
+def test_the_verdict(papers: Path, opened: Callable) -> None:
+    tab = opened(papers / "report.html")
+    tab.locator("#verdict summary").click()
+    rows = [row.locator("td").all_inner_texts() for row in tab.locator("#verdict details tr").all()]
+    counts = {(row[0][:3], row[1]): row[2:4] for row in rows if row}
+    known = {("(1)", "4"): "25 of 34", ("(2)", "4"): "25 of 40", ("(3)", "4"): "13 of 14"}
+    known |= {("(1)", "5"): "27 of 34", ("(2)", "5"): "28 of 40", ("(3)", "5"): "14 of 14"}
+    assert {key: counts[key] for key in known} == {key: [count] * 2 for key, count in known.items()}
+    assert tab.locator("#verdict .card").count() == 3
+
+
+# By hand: ours keeps 80 and 90 of 100, and 40 and 60 of 50: 80 and 100 on average. The paper has not both columns.
+def test_what_is_left_by_hand() -> None:
+    rows = [("sst2", "none", 0, 100), ("sst2", "bottom", 50, 80), ("sst2", "top", 50, 90)]
+    rows += [("rte", "none", 0, 50), ("rte", "bottom", 50, 40), ("rte", "top", 50, 55), ("imdb", "bottom", 50, 1)]
+    cells = pd.DataFrame(rows, columns=["dataset", "side", "percent", "f1"]).assign(table=1, model=BASE, variant="")
+    cells = cells.assign(collapsed=False, layers=6).astype({"percent": float, "f1": float})
+    both = report.beside(cells, cells[cells["dataset"] == "sst2"], by_variant=False)
+    left = report.what_is_left(both)
+    assert left[["side", "columns", "ours"]].to_numpy().tolist() == [["bottom", 2, 80.0], ["top", 2, 100.0]]
+    assert left["reference"].isna().all()
+    said = "Fine-tuning gives back, of the undamaged model's F1, "
+    said += "80 % with the bottom 50 % of its layers re-initialised, 100 % with the top."
+    assert report.headline(left, "the paper") == said
+    whole = report.what_is_left(report.beside(cells[cells["dataset"] == "sst2"], cells, by_variant=False))
+    assert whole["reference"].tolist() == [80.0, 90.0]
+
+
+# Two seeds with F1 0.5 and 0.7, then 0.6 and 0.6: mean 60, deviation sqrt(2) * 10, then 0.
+def test_the_band_over_seeds() -> None:
+    cell = {"model": BASE, "variant": "", "dataset": "sst2", "side": "top", "percent": 50.0, "runs": "a b", "f1": 60.0}
+    epochs = {
+        run: pd.DataFrame({"epoch": [1, 2], "weighted_f1": f1}) for run, f1 in (("a", [0.5, 0.6]), ("b", [0.7, 0.6]))
+    }
+    (panel,) = report.draw_epochs(pd.DataFrame([cell]), epochs).axes
+    assert panel.lines[0].get_xydata().tolist() == pytest.approx(np.array([[1, 60], [2, 60]]))
+    band = panel.collections[0].get_paths()[0].vertices
+    at_1 = sorted(set(np.round(band[band[:, 0] == 1, 1], 6)))
+    assert at_1 == pytest.approx([60 - 200**0.5, 60 + 200**0.5]) and set(band[band[:, 0] == 2, 1]) == {60.0}
+
+
+# As wide as a column, 3.3 inches at 300 dots; the PDF's fonts are TrueType and embedded.
+def test_the_figures_as_files(papers: Path) -> None:
+    stems = {path.stem for path in (papers / "figures").iterdir()}
+    sets = ["table1_sst2", "table4_ag_news", "table4_dbpedia", "table5_mrpc", "table5_rte"]
+    assert stems == {f"{name}_{kind}" for name in sets for kind in ("fraction", "epochs")}
+    for stem in stems:
+        assert imread(papers / "figures" / f"{stem}.png").shape[1] == 990
+        pdf = (papers / "figures" / f"{stem}.pdf").read_bytes()
+        assert b"/FontFile2" in pdf and b"/Type3" not in pdf and b"/MediaBox [ 0 0 237.6 " in pdf
+
+
+# Another grid in the paper's place: cell by cell, and its claims.
+def test_two_grids_side_by_side(
+    papers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable
+) -> None:
+    other = tmp_path / "other"
+    flags = {"dataset": ("rte",), "model": ("distilbert-base-uncased",), "learning_rate": ("2e-5",)}
+    page.write_runs(grid.jobs(grid.PRESETS["table5"], flags), other, noise=3)
+    run_script(aggregate, monkeypatch, "--output_dir", other)
+    run_script(report, monkeypatch, "--output_dir", other, "--against", papers)
+    ours, theirs = (pd.read_csv(folder / "cells.csv").query("table == 5") for folder in (other, papers))
+    both = ours.merge(theirs, on=["model", "side", "percent", "dataset"])
+    tab = opened(other / "report_against_my outputs.html")
+    apart = tab.locator("#tables .map").nth(2).locator("td button").all_inner_texts()
+    assert sorted(apart) == sorted(f"{one - two:+.2f}" for one, two in zip(both["f1_x"], both["f1_y"], strict=True))
+    assert len(apart) == 4 and "my outputs" in tab.locator("#tables .map h4").nth(1).inner_text()
+
+
+# ---- What is refused ----
+
+
+# A page never shows a table that the runs no longer agree with.
+@pytest.mark.parametrize("change", ["no tables", "other F1", "gone"])
+def test_tables_older_than_the_runs_are_refused(
+    change: str, one_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "outputs"
+    for path in [*one_run.glob("*.csv"), *one_run.glob("runs/*/*")]:
+        copy = folder / path.relative_to(one_run)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    (result,) = folder.glob("runs/*/result.json")
+    if change == "no tables":
+        (folder / "cells.csv").unlink()
+    elif change == "gone":
+        result.unlink()
+    else:
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"weighted_f1": 0.123}))
+    with pytest.raises(SystemExit) as ended:
+        run_script(report, monkeypatch, "--output_dir", folder)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "run python aggregate.py" in said and said.count("\n") == 1
+    assert not (folder / "report.html").exists() and not (folder / "figures").exists()
