@@ -268,7 +268,7 @@ def main() -> None:
         usage=argparse.SUPPRESS,  # so that an error is one line
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Any other flag goes to every run: see python train.py --help.",
+        epilog="Any other flag goes to every run: see python train.py --help_all.",
     )
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="which runs")
     for name, text in AXES.items():

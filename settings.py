@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache
 from hashlib import file_digest, sha256
@@ -59,6 +59,17 @@ DEFAULTS = {
     "accelerator_config": {"use_seedable_sampler": False},  # it would take the place of our data order's stream
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
+# The Trainer's flags that --help shows; --help_all shows all.
+SHOWN = {
+    "learning_rate": "the paper's are 1e-5, 2e-5, 5e-5, the best kept",
+    "num_train_epochs": "each is tested, the best is kept",
+    "max_steps": "of the optimizer, instead of epochs; -1: as many as the epochs have",
+    "per_device_train_batch_size": "rows of a step",
+    "seed": "of the draws, the head, the order of the rows, and dropout",
+    "bf16": "bfloat16 for speed on a GPU that has it: other numbers",
+    "report_to": "none, tensorboard, trackio or wandb",
+    "output_dir": "the run's folder is OUTPUT_DIR/runs/<run>",
+}
 POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # TrainingArguments that cannot change a number, by the beginning of their names.
 NEUTRAL = (
@@ -67,6 +78,12 @@ NEUTRAL = (
     *("dataloader_pref", "dataloader_multi", "eval_accumulation_", "skip_memory_", "debug"),
     *("include_", "torch_empty_", "local_rank", "ddp_", "greater_is_", "metric_for_", "eval_strategy"),
 )
+
+
+USAGE = """Fine-tune one encoder, broken or whole, on one data set: one run of one cell.
+
+    python train.py --model bert-base-uncased --corrupt bottom --frac 0.5
+    python train.py --model minilm --corrupt top --frac 1/3 --dataset bbc_news --pooling mean --seed 1"""
 
 
 class RunError(ValueError):
@@ -80,12 +97,16 @@ BAD_INPUT = (corrupt.ModelError, data_prep.DataError, RunError)  # what is told 
 class RunArguments:
     """The cell: which model, how it is broken, and what it is fine-tuned on."""
 
+    _argument_group_name = "the run"
+
     model: str = field(default="bert-base-uncased", metadata={"help": "minilm, a local folder, or a hub id"})
     corrupt: Literal["none", "bottom", "top"] = field(
         default="none", metadata={"help": "re-initialise encoder layers, counted from this side"}
     )
-    frac: Fraction | None = field(default=None, metadata={"help": "part of the encoder layers, such as 0.5 or 1/3"})
-    dataset: str = field(default="sst2", metadata={"help": f"of {', '.join(data_prep.DATASETS)}"})
+    frac: Fraction | None = field(
+        default=None, metadata={"help": "part of the encoder layers, such as 0.5 or 1/3; needed with --corrupt"}
+    )
+    dataset: str = field(default="sst2", metadata={"help": f"one of {', '.join(data_prep.DATASETS)}"})
     pooling: Literal["cls", "mean"] = field(
         default="cls", metadata={"help": "what the head reads: [CLS], or the mean of the other tokens (Table 3)"}
     )
@@ -108,16 +129,38 @@ class RunArguments:
     )
 
 
-def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
-    """The arguments of one run. Ends the process with exit code 2 and one line if a flag is wrong."""
+def parser_of(everything: bool) -> HfArgumentParser:
+    """The parser of one run's flags; its help shows SHOWN of the Trainer's flags, or `everything`."""
     parser = HfArgumentParser(
         (RunArguments, TrainingArguments),
         prog="train.py",
-        description="Fine-tune one encoder, broken or whole, on one data set: one run of one cell.",
+        description=USAGE,
         usage=argparse.SUPPRESS,  # so that an error is one line
         allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(**FIXED, **DEFAULTS)
+    parser.add_argument("--help_all", action="help", help="all flags of the Trainer, too, and exit")
+    trainer = {field.name for field in fields(TrainingArguments)}
+    for action in parser._actions:
+        if action.dest in trainer - SHOWN.keys() and not everything:
+            action.help = argparse.SUPPRESS
+            continue
+        if len(action.option_strings) > 1 and action.dest != "help":
+            action.option_strings = action.option_strings[:1]  # --max-length works as well as --max_length
+        if action.nargs == "?":
+            action.metavar = "True"
+        action.help = SHOWN.get(action.dest, action.help)
+        if parser.get_default(action.dest) not in (None, argparse.SUPPRESS):
+            action.help += " (default: %(default)s)"
+    parser._optionals.title = "training: all flags of transformers' TrainingArguments, of which these matter most"
+    parser._action_groups.append(parser._action_groups.pop(1))  # it came before the run's
+    return parser
+
+
+def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
+    """The arguments of one run. Ends the process with exit code 2 and one line if a flag is wrong."""
+    parser = parser_of("--help_all" in flags)
     try:
         args, training_args, unknown = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
@@ -125,7 +168,7 @@ def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
     except Exception as error:  # from TrainingArguments' own checks, which are of every kind
         parser.error(corrupt.one_line(error))
     if unknown:
-        parser.error(f"unknown flag {unknown[0]}: python train.py --help lists them all")
+        parser.error(f"unknown flag {unknown[0]}: python train.py --help_all lists them all")
     for name in ("num_train_epochs", *POSITIVE):
         if not 0 < getattr(training_args, name) < math.inf:
             parser.error(f"--{name} {getattr(training_args, name)} is not above 0")
