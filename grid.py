@@ -77,7 +77,7 @@ PRESETS = {
 }
 AXES = {
     "model": "instead of the preset's",
-    "dataset": "instead of the preset's",
+    "dataset": f"instead of the preset's; {data_prep.HELP}",
     "corrupt": "which sides, of none (0 %%), bottom, top, all (100 %%)",
     "percent": "of the encoder layers; by default 0 25 50 75 100, where that is a whole number of layers",
     "learning_rate": "instead of the preset's; a cell is the best of them",
@@ -105,8 +105,6 @@ def jobs(preset: tuple[Cells, ...], axes: dict[str, tuple]) -> list[list[str]]:
     found: dict[tuple[str, ...], list[str]] = {}
     for cells in preset:
         cells = replace(cells, **axes)
-        if unknown := set(cells.dataset) - set(data_prep.DATASETS):
-            raise data_prep.DataError(f"unknown data set {min(unknown)!r}: choose from {', '.join(data_prep.DATASETS)}")
         kind = [("--pooling", cells.pooling), ("--tuning", cells.tuning)]
         kind = [word for flag, value in kind if value not in ("cls", "full") for word in (flag, value)]
         for model in cells.model:
@@ -130,7 +128,9 @@ def jobs(preset: tuple[Cells, ...], axes: dict[str, tuple]) -> list[list[str]]:
 def is_there(flags: list[str]) -> bool:
     """Whether the run's result is there; never prepares a data set, without which no result can be."""
     args, _ = settings.parse(flags)
-    return data_prep.is_prepared(args.dataset, args.data_dir) and settings.result_of(settings.plan(flags)) is not None
+    return (
+        bool(data_prep.up_to_date(args.dataset, args.data_dir)) and settings.result_of(settings.plan(flags)) is not None
+    )
 
 
 def dry_run(flag_lists: list[list[str]], at_work: workers.Staff) -> None:
@@ -138,7 +138,7 @@ def dry_run(flag_lists: list[list[str]], at_work: workers.Staff) -> None:
     missing, absent = [], {}
     for flags in flag_lists:
         args, _ = settings.parse(flags)
-        if not data_prep.is_prepared(args.dataset, args.data_dir):
+        if not data_prep.up_to_date(args.dataset, args.data_dir):
             absent[args.dataset] = "not prepared: its tokens are at most those counted"
         done = False
         if args.model not in absent:
@@ -297,6 +297,10 @@ def main() -> None:
     try:
         flag_lists = [[*flags, *shared] for flags in jobs(PRESETS[args.preset], axes)]
         run_args, training_args = settings.parse(flag_lists[0])
+        datasets = dict.fromkeys(flags[flags.index("--dataset") + 1] for flags in flag_lists)
+        data_prep.check_names(datasets, run_args.data_dir)
+        for dataset in datasets:
+            cost.rows(dataset, run_args.data_dir)  # reads a user's own: what is wrong with it is told before any run
         if args.dry_run:
             dry_run(flag_lists, staff(flag_lists, args.jobs, args.runs_per_gpu))
             return

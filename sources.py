@@ -1,17 +1,23 @@
-"""Where the rows of each data set come from: the ten sets of this project, their specifications, and who reads them.
+"""Where the rows of each data set come from: the ten that are known, and a user's own folder.
 
 Used by data_prep.py, which checks and splits what it gets from here. Every reader gives a frame for each split of the
 source, and what the manifest says of where they came from.
 """
 
+import csv
 import hashlib
+import io
+import json
+import re
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
 import datasets
 import pandas as pd
+import pyarrow as pa
 from huggingface_hub import HfApi
 
 
@@ -92,6 +98,7 @@ DATASETS = {
     ),
 }
 DEMO = ("rotten_tomatoes", "bbc_news")
+HELP = f"of {', '.join(DATASETS)}, or a folder of your own with a train and a test file (docs/data.md)"
 
 
 # ---- Read: every reader gives a frame for each split of the source, and says where they came from ----
@@ -154,6 +161,137 @@ def read_hub(spec: Spec) -> tuple[dict[str, pd.DataFrame], dict]:
             f"its parquet files to DIR/<dataset>/{{{','.join(splits)}}}.parquet and give data_prep.py --source DIR"
         ) from error
     return frames, {"hub": "/".join(spec.hub), "revision": revision}
+
+
+# ---- Read a user's own folder ----
+
+
+def read_cells(content: bytes, delimiter: str) -> pd.DataFrame:
+    """CSV or TSV, every cell as the text it is. Raises ValueError or csv.Error if a line has not the header's cells."""
+    csv.field_size_limit(2**31 - 1)  # its own would refuse texts above 131,072 characters
+    reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True)
+    header, rows = next(reader, []), []
+    for row in reader:
+        if row and len(row) != len(header):
+            raise ValueError(f"line {reader.line_num} has {len(row)} cells and the header has {len(header)}")
+        rows += [row] if row else []
+    return pd.DataFrame(rows, columns=header)
+
+
+def read_jsonl(content: bytes) -> pd.DataFrame:
+    """JSON Lines, every value as it is. Raises ValueError if a line is no JSON object."""
+    rows = []
+    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number} is no JSON: {one_line(error)}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is no JSON object")
+        rows.append(row)
+    return pd.DataFrame(rows, dtype=object)
+
+
+FORMATS = {
+    ".csv": lambda content: read_cells(content, ","),
+    ".tsv": lambda content: read_cells(content, "\t"),
+    ".jsonl": read_jsonl,
+    ".parquet": lambda content: pd.read_parquet(io.BytesIO(content)).astype(object),
+}
+OWN_COLUMNS = "text and label, or sentence1, sentence2 and label"
+
+
+def own_files(folder: Path) -> dict[str, Path]:
+    """The folder's train file and its test file."""
+    found = {}
+    for split in ("train", "test"):
+        names = [f"{split}{suffix}" for suffix in FORMATS]
+        there = [name for name in names if (folder / name).exists()]
+        if len(there) != 1:
+            has = " and ".join(there) or f"no {split} file"
+            raise DataError(f"{folder} has {has}: it needs one of {', '.join(names)}, with the columns {OWN_COLUMNS}")
+        found[split] = folder / there[0]
+    return found
+
+
+@lru_cache
+def digest(path: Path, *changes: int) -> str:
+    """The sha256 of a file, which is read again if `changes`, its size and time, are others."""
+    return sha256(path.read_bytes())
+
+
+def own_source(folder: Path) -> dict:
+    """The folder's name and the sha256 of its files, as in the manifest."""
+    folder = folder.resolve()
+    try:
+        stats = {path: path.stat() for path in own_files(folder).values()}
+        hashes = {path.name: digest(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {one_line(error)}") from error
+    return {"folder": folder.name, "files": hashes}
+
+
+def read_part(path: Path) -> tuple[pd.DataFrame, str]:
+    """The rows of a train or a test file, their labels as texts, and the file's sha256."""
+    try:
+        content = path.read_bytes()
+        frame = FORMATS[path.suffix](content)
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+        kind = "parquet" if path.suffix == ".parquet" else f"{path.suffix[1:]} in UTF-8"
+        raise DataError(f"it cannot be read as {kind}: {one_line(error)}") from error
+    columns = sorted(column for column in frame if column in ("label", "sentence1", "sentence2", "text"))
+    if columns not in (["label", "text"], ["label", "sentence1", "sentence2"]):
+        has = ", ".join(map(repr, frame))[:200] or "none"
+        raise DataError(f"the columns must be {OWN_COLUMNS}, not both and each once: there are {has}")
+    if frame.empty:
+        raise DataError("the source has no rows: mend the source")
+    labels = frame["label"]
+    missing = labels.isna() | labels.map(lambda label: isinstance(label, str) and not label.strip())
+    other = ~labels.map(lambda label: isinstance(label, int) or is_text(label))
+    refuse({"no label": missing, "a label that is neither an integer nor a text": other})
+    return frame.assign(label=labels.map(lambda label: str(label).strip())), sha256(content)
+
+
+def read_own(folder: Path) -> tuple[Spec, dict[str, pd.DataFrame], dict]:
+    """What a user's own set is, its rows with integer labels, and where they came from.
+
+    Its classes are the distinct labels of train, in the order of their numbers if all are integers.
+    """
+    parts, hashes = {}, {}
+    for split, path in own_files(folder).items():
+        try:
+            parts[split], hashes[path.name] = read_part(path)
+        except DataError as error:
+            raise DataError(f"{path.name}: {error}") from error
+    names = set(parts["train"]["label"])
+    integers = all(re.fullmatch("-?[0-9]{1,18}", name) for name in names)
+    names = sorted(names, key=lambda name: (int(name) if integers else 0, name))
+    if len(names) < 2:
+        raise DataError(f"every row of train has the label {names[0]!r}: there must be two classes at least")
+    if unknown := sorted(set(parts["test"]["label"]) - set(names)):
+        refuse({f"a label in test that train lacks, {unknown[0]!r}": parts["test"]["label"].isin(unknown)})
+    rows = {split: {split: len(frame)} for split, frame in parts.items()}
+    columns = Spec.columns if "text" in parts["train"] else PAIR
+    spec = Spec(tuple(names), train_from=rows["train"], test_from=rows["test"], columns=columns)
+    codes = {name: code for code, name in enumerate(names)}
+    parts = {split: frame.assign(label=frame["label"].map(codes)) for split, frame in parts.items()}
+    return spec, parts, {"folder": folder.resolve().name, "files": hashes}
+
+
+# ---- For all of them ----
+
+
+def is_text(cell: object) -> bool:
+    return isinstance(cell, str) and not re.search(r"[\ud800-\udfff]", cell)  # half a character, as JSON can hold
+
+
+def refuse(faults: dict[str, pd.Series]) -> None:
+    """Raises DataError for the first fault that any row has, as the booleans beside it say."""
+    for fault, rows in faults.items():
+        if rows.any():
+            raise DataError(f"{rows.sum()} rows have {fault} (the first is row {rows.argmax()}): mend the source")
 
 
 def sha256(content: bytes) -> str:

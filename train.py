@@ -491,7 +491,7 @@ def do(flags: list[str], asked: dict, wait: bool, *more: str) -> tuple[str, str]
     quieten()
     where = f"python train.py {shlex.join(flags)}"
     try:
-        run = settings.plan(flags, ("--disable_tqdm", "True", *more))
+        run = settings.plan(flags, ("--disable_tqdm", "True", *more), asked["dataset"])
         if differ := [name for name, value in asked.items() if run.settings.get(name) != value]:
             raise settings.RunError(
                 f"{', '.join(differ)} differ from what they were when the grid began: start it again"
