@@ -128,9 +128,8 @@ def jobs(preset: tuple[Cells, ...], axes: dict[str, tuple]) -> list[list[str]]:
 def is_there(flags: list[str]) -> bool:
     """Whether the run's result is there; never prepares a data set, without which no result can be."""
     args, _ = settings.parse(flags)
-    return (
-        bool(data_prep.up_to_date(args.dataset, args.data_dir)) and settings.result_of(settings.plan(flags)) is not None
-    )
+    prepared = data_prep.up_to_date(args.dataset, args.data_dir)
+    return prepared is not None and settings.result_of(settings.plan(flags)) is not None
 
 
 def dry_run(flag_lists: list[list[str]], at_work: workers.Staff) -> None:

@@ -87,7 +87,7 @@ def test_pairs(kind: str, tmp_path: Path) -> None:
     ("kind", "labels", "names"),
     [
         ("csv", [10, 9, -1], ["-1", "9", "10"]),
-        ("jsonl", ["10", "9", "-1"], ["-1", "9", "10"]),
+        ("jsonl", ["010", "9", "-1"], ["-1", "9", "010"]),
         ("parquet", [True, False, True], ["False", "True"]),
         ("tsv", ["b", "a ", "B"], ["B", "a", "b"]),
         ("jsonl", ["10", "9", "x"], ["10", "9", "x"]),
@@ -125,6 +125,8 @@ def test_sizes_and_shared_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert not {*data_prep.load("a set", tmp_path / "data")["test"]["text"]} & {*films(38)["text"]}
 
 
+NO_LABEL = pd.DataFrame({"text": ["a", "b"], "label": pd.array([1, None], dtype="Int64")}).to_parquet()
+BYTES = pd.DataFrame({"text": [b"a", b"b"], "label": ["x", "y"]}).to_parquet()
 GOOD = b"text,label\na,x\nb,y\nc,x\n"
 
 
@@ -157,6 +159,8 @@ GOOD = b"text,label\na,x\nb,y\nc,x\n"
         ({"test.csv": None, "test.jsonl": b'{"text": "a", "label": null}\n'}, "1 rows have no label"),
         ({"test.csv": None, "test.jsonl": b'{"text": "a", "label": 0.5}\n'}, "neither an integer nor a text"),
         ({"test.csv": None, "test.parquet": b"PAR1 and nothing PAR1"}, "test.parquet: it cannot be read as parquet"),
+        ({"test.csv": None, "test.parquet": BYTES}, "2 rows have a text that is no text (the first is row 0)"),
+        ({"test.csv": None, "test.parquet": NO_LABEL}, "1 rows have no label (the first is row 1)"),
     ],
 )
 def test_bad_files(
