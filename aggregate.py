@@ -1,6 +1,7 @@
 """Rebuild the paper's tables from the runs, put them beside the paper's own, and count its claims in both.
 
-    python aggregate.py --output_dir outputs
+    python aggregate.py                                # after python grid.py
+    python aggregate.py --output_dir other_outputs
 
 Written to the output folder, F1 weighted and in percent as in the paper (arXiv 2406.14459): `results.csv`, a row for
 each run; `cells.csv`, a row for each cell; `table1` and `3`, `4`, `5` in the paper's layout, as .csv, .md and .tex, if
@@ -366,8 +367,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    summary, no_usage = __doc__.split("\n\n")[0], argparse.SUPPRESS  # without usage an error is one line
-    parser = argparse.ArgumentParser(description=summary, usage=no_usage, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="\n\n".join(__doc__.split("\n\n")[:2]),  # what it does, and an example
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="holds runs/ (default: outputs)")
     output_dir = parser.parse_args().output_dir
     try:

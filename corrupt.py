@@ -330,16 +330,17 @@ def save_broken(model: str, corrupt: str, frac: Fraction, seed: int, kaiming_a: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description="\n\n".join(__doc__.split("\n\n")[:2]),  # what it does, and examples
         usage=argparse.SUPPRESS,  # so that an error is one line
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="minilm, a local folder, or a hub id")
     parser.add_argument("--corrupt", required=True, choices=SIDES[1:], help="count the layers from this side")
     parser.add_argument("--frac", required=True, type=Fraction, help="part of the encoder layers, such as 0.5 or 1/3")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--kaiming_a", type=float, default=0.0, help="negative slope of Kaiming's leaky ReLU")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    slope = "negative slope of Kaiming's leaky ReLU (default: %(default)s)"
+    parser.add_argument("--kaiming_a", type=float, default=0.0, help=slope)
     parser.add_argument("--output_dir", required=True, type=Path, help="a new folder")
     try:
         args = parser.parse_args()

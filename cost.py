@@ -53,22 +53,30 @@ def weights_of(model: str) -> int:
 
 
 def rows(dataset: str, data_dir: str) -> tuple[int, int]:
-    """Of train and test; of a set that is not prepared Table 2's, or all that are published."""
-    if data_prep.is_prepared(dataset, data_dir):
-        return tuple(data_prep.manifest(dataset, data_dir)["rows"].values())
+    """Of train and test; of a set that is not prepared Table 2's or all that are published, or those of its files."""
+    if made := data_prep.up_to_date(dataset, data_dir):
+        return tuple(made["rows"].values())
+    if dataset not in data_prep.DATASETS:
+        return own_rows(dataset, data_dir)
     spec = data_prep.DATASETS[dataset]
     test = spec.test_size or sum(spec.test_from.values())
     return spec.train_size or sum(spec.train_from.values()) - (0 if spec.test_from else test), test
 
 
 @lru_cache
+def own_rows(dataset: str, data_dir: str) -> tuple[int, int]:
+    return tuple(data_prep.ready(dataset, data_dir, write=False)["rows"].values())
+
+
+@lru_cache
 def tokens(dataset: str, data_dir: str, max_length: int) -> tuple[int, int]:
     """Of train and test, without padding, as minilm's tokenizer (BERT's own) counts them; of a set that is not prepared
     at most: `max_length` for each row."""
-    if not data_prep.is_prepared(dataset, data_dir):
+    made = data_prep.up_to_date(dataset, data_dir)
+    if not made:
         return tuple(count * max_length for count in rows(dataset, data_dir))
     tokenizer, counts = corrupt.load_tokenizer(corrupt.find_model("minilm")[0]), []
-    for part in data_prep.load(dataset, data_dir).values():
+    for part in data_prep.load(made["dataset"], data_dir).values():
         texts = [list(part[column]) for column in part.column_names if column != "label"]
         counts.append(sum(min(len(ids), max_length) for ids in tokenizer(*texts)["input_ids"]))
     return tuple(counts)

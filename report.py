@@ -579,9 +579,10 @@ def write(output_dir: Path, against: Path | None) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description="\n\n".join(__doc__.split("\n\n")[:2]),  # what it does, and examples
         usage=argparse.SUPPRESS,  # so that an error is one line
         allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="holds runs/ (default: outputs)")
     parser.add_argument("--against", type=Path, help="another output folder, in the place of the paper")

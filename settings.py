@@ -106,7 +106,7 @@ class RunArguments:
     frac: Fraction | None = field(
         default=None, metadata={"help": "part of the encoder layers, such as 0.5 or 1/3; needed with --corrupt"}
     )
-    dataset: str = field(default="sst2", metadata={"help": f"one of {', '.join(data_prep.DATASETS)}"})
+    dataset: str = field(default="sst2", metadata={"help": data_prep.HELP})
     pooling: Literal["cls", "mean"] = field(
         default="cls", metadata={"help": "what the head reads: [CLS], or the mean of the other tokens (Table 3)"}
     )
@@ -212,11 +212,12 @@ class Run:
         return self.folder.parent.with_name("unfinished") / self.folder.name
 
 
-def plan(flags: list[str], more: tuple[str, ...] = ()) -> Run:
+def plan(flags: list[str], more: tuple[str, ...] = (), dataset: str | None = None) -> Run:
     """Check all that can be checked before a weight is loaded; prepares the data set if it is missing, and says so.
 
-    `more` are flags that are no part of the command that repeats the run. Raises ModelError, DataError or RunError.
-    Nothing is written under the output folder.
+    `more` are flags that are no part of the command that repeats the run. `dataset` is the set's name, where another
+    process has prepared it: the folder that the flags may give is then not looked at. Raises ModelError, DataError or
+    RunError. Nothing is written under the output folder.
     """
     args, training_args = parse([*flags, *more])
     if training_args.world_size > 1:
@@ -233,10 +234,11 @@ def plan(flags: list[str], more: tuple[str, ...] = ()) -> Run:
     longest = min(positions, corrupt.load_tokenizer(model_folder).model_max_length)
     if not 8 <= args.max_length <= longest:
         raise RunError(f"--max_length {args.max_length} is not from 8 to {longest}, what {args.model} can read")
-    if not data_prep.is_prepared(args.dataset, args.data_dir):
-        print(f"{args.dataset} is not in {args.data_dir} yet: preparing it as data_prep.py does")
-        data_prep.prepare(args.dataset, data_dir=args.data_dir)
-    data = data_prep.manifest(args.dataset, args.data_dir)
+    if dataset and data_prep.is_prepared(dataset, args.data_dir):
+        data = data_prep.manifest(dataset, args.data_dir)
+    else:
+        data = data_prep.ready(args.dataset, args.data_dir)
+    args.dataset = data["dataset"]
 
     settings = {
         "numbers": NUMBERS,

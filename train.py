@@ -54,6 +54,7 @@ from transformers import (
     default_data_collator,
 )
 
+import aggregate
 import corrupt
 import data_prep
 import encode
@@ -491,7 +492,7 @@ def do(flags: list[str], asked: dict, wait: bool, *more: str) -> tuple[str, str]
     quieten()
     where = f"python train.py {shlex.join(flags)}"
     try:
-        run = settings.plan(flags, ("--disable_tqdm", "True", *more))
+        run = settings.plan(flags, ("--disable_tqdm", "True", *more), asked["dataset"])
         if differ := [name for name, value in asked.items() if run.settings.get(name) != value]:
             raise settings.RunError(
                 f"{', '.join(differ)} differ from what they were when the grid began: start it again"
@@ -506,6 +507,18 @@ def do(flags: list[str], asked: dict, wait: bool, *more: str) -> tuple[str, str]
         return "failed", f"{where}: {type(error).__name__}: {corrupt.one_line(error)}"
     finally:
         gc.collect()  # a Trainer is full of cycles: without this, models pile up
+
+
+def beside_the_paper(result: dict) -> str:
+    """What the paper has for the run's cell, and how far ours is from it."""
+    s, f1 = result["settings"], 100 * result["weighted_f1"]
+    cells = aggregate.paper_cells().set_index(aggregate.PLACE)["f1"]
+    table = aggregate.table_of(s["pooling"], s["tuning"], s["dataset"])
+    paper = cells.get((table, s["model"], s["percent"], s["side"], s["dataset"]))
+    if paper is None:
+        return "the paper has no such cell"
+    best = f"the paper's Table {table} has {paper:.2f} %, the best of three learning rates"
+    return f"{best}; ours - the paper's: {f1 - paper:+.2f}"
 
 
 def main() -> None:
@@ -535,7 +548,9 @@ def main() -> None:
         print(f"interrupted: the same command does the run, {kept}", file=sys.stderr)
         sys.exit(130)
     if first:
-        print(f"{settings.summary(run, result)}\n{'was there already' if there else 'done'}: {run.folder}")
+        files = ", ".join(sorted(path.name for path in run.folder.iterdir()))
+        print(f"{settings.summary(run, result)}\n{beside_the_paper(result)}")
+        print(f"{'was there already' if there else 'done'}: {run.folder}: {files}")
 
 
 if __name__ == "__main__":

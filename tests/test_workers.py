@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 import cost
+import data_prep
 import settings
 import workers
 
@@ -55,17 +56,21 @@ def test_a_killed_worker(flags: list[str]) -> None:
 
 
 # A machine that sees the output folder writes there; one that does not gets the rows and sends the result. Both give
-# the numbers of this machine's workers.
+# the numbers of this machine's workers. The set is a user's own, of which the files are on this machine alone.
 def test_ray(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", uuid4().hex)  # else Ray would write one to the user's home
-    data = shutil.copytree(flags[5], tmp_path / "data")
-    flags = [*flags, "--num_train_epochs", "2", "--data_dir", str(data)]
+    data, own = tmp_path / "data", tmp_path / "sets" / "mydata"
+    own.mkdir(parents=True)
+    for part, rows in data_prep.load("rotten_tomatoes", flags[5]).items():
+        rows.to_csv(own / f"{part}.csv")
+    flags = [*flags, "--num_train_epochs", "2", "--data_dir", str(data), "--dataset", str(own)]
     plans = [settings.plan([*flags, "--seed", seed]) for seed in "01"]
     here_too = [settings.plan([*flags, "--seed", seed, "--output_dir", str(tmp_path / "here")]) for seed in "01"]
     with workers.Here(workers.Staff(1, 1)) as here:
         said_here = [line for _, _, line in here.work([here_too])]
+    shutil.rmtree(own)
     with workers.OnRay(str(tmp_path / "outputs"), str(data), 1, cost.memory) as cluster:
         shared, apart = plans
         assert [said[1:] for said in cluster.work([[shared]])] == [("done", said_here[0])]
