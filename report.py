@@ -118,9 +118,15 @@ def read(output_dir: Path) -> Grid:
         if not same:
             raise NoReport(f"{folder} has another F1 than results.csv: {again}")
     folders = sorted(path.parent.name for path in output_dir.glob("runs/*/result.json"))
-    failures = {path.parent.name: path for path in sorted(output_dir.glob("runs/*/failure.json"))}
-    failures = {run: json.loads(path.read_text())["reason"] for run, path in failures.items()}
+    failures = {path.parent.name: reason_of(path) for path in sorted(output_dir.glob("runs/*/failure.json"))}
     return Grid(runs, cells, pairs, results, epochs, failures, [run for run in folders if run not in results])
+
+
+def reason_of(failure: Path) -> str:
+    try:
+        return json.loads(failure.read_text())["reason"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "failure.json cannot be read"
 
 
 # ---- Ours beside the reference: the paper, or another grid ----
@@ -473,15 +479,15 @@ def origin(grid: Grid) -> dict:
         {
             "model": result["settings"]["model"],
             "model_fingerprint": result["settings"]["model_fingerprint"][:8],
-            "revision": (result["model"]["revision"] or "")[:8],
+            "revision": (result.get("model", {}).get("revision") or "")[:8],
             "dataset": result["settings"]["dataset"],
             "data_fingerprint": result["settings"]["data_fingerprint"][:8],
             "hours": result["seconds"]["total"] / 3600,
-            "device": f"{result['device']['name']} ({result['device']['type']})",
+            "device": f"{result['device']['name']} ({result['device'].get('type', 'unknown')})",
             "threads": result["device"].get("threads"),
             **{name: result["versions"].get(name) for name in ("python", "torch", "transformers")},
             "commit": re.sub(r"^(\w{12})\w*", r"\1", result["commit"] or "none"),
-            "finished": result["finished"],
+            "finished": result.get("finished", "unknown"),
         }
         for result in grid.results.values()
     )
