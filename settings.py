@@ -287,15 +287,21 @@ def result_of(run: Run) -> dict | None:
     return result
 
 
-def summary(run: Run, result: dict) -> str:
+def cell(run: Run) -> str:
+    """The run's cell, as people call it."""
     s = run.settings
     where = "undamaged" if s["side"] == "none" else f"{s['percent']:g} % {s['side']}"
     how = "" if s["pooling"] == "cls" else ", mean pooling"
     how += "" if s["tuning"] == "full" else ", linear probe"
-    how += "" if s["plain"] or result["speed"]["packed"] else ", with padding"
+    return f"{s['model']}, {where}, {s['dataset']}{how}"
+
+
+def summary(run: Run, result: dict) -> str:
+    s = run.settings
+    how = "" if s["plain"] or result["speed"]["packed"] else ", with padding"
     if (batch := result.get("batch", {})).get("halved"):
         how += f", {batch['rows']} rows at a time for want of memory"
     return (
-        f"{s['model']}, {where}, {s['dataset']}{how}, learning rate {s['learning_rate']:g}, seed {s['seed']}: "
+        f"{cell(run)}{how}, learning rate {s['learning_rate']:g}, seed {s['seed']}: "
         f"weighted F1 {100 * result['weighted_f1']:.2f} % (epoch {result['best_epoch']} of {result['epochs']})"
     )

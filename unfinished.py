@@ -220,6 +220,42 @@ def log(run: settings.Run) -> Iterator[None]:
             raise
 
 
+class HowFar(TrainerCallback):
+    """Leaves in now.json, at most once a second, how far the run is: the grid shows it."""
+
+    def __init__(self, run: settings.Run) -> None:
+        self.path, self.due = run.unfinished / "now.json", 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self.write(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self.write(state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self.write(state)
+
+    def write(self, state: TrainerState) -> None:
+        if time.monotonic() < self.due or not state.is_world_process_zero:
+            return
+        self.due = time.monotonic() + 1
+        tested = [row["eval_weighted_f1"] for row in state.log_history if "eval_weighted_f1" in row]
+        now = {"epoch": state.epoch, "epochs": state.num_train_epochs, "weighted_f1": tested[-1] if tested else None}
+        now["fraction"] = state.global_step / state.max_steps
+        with suppress(OSError), data_prep.whole(self.path) as path:
+            path.write_text(json.dumps(now))
+
+
+def how_far(run: settings.Run) -> dict:
+    """What `HowFar` left last; empty if the run has not begun to train."""
+    try:
+        return json.loads((run.unfinished / "now.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 # ---- Checkpoints ----
 
 
