@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy
 
 import corrupt
@@ -59,6 +60,7 @@ DEFAULTS = {
     "accelerator_config": {"use_seedable_sampler": False},  # it would take the place of our data order's stream
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
+REPORTERS = ("tensorboard", "trackio", "wandb")
 POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # TrainingArguments that cannot change a number, by the beginning of their names.
 NEUTRAL = (
@@ -142,6 +144,8 @@ def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
     for name, value in FIXED.items():
         if getattr(training_args, name) != value:
             parser.error(f"--{name} is fixed to {value}: every run is tested after each epoch and keeps the best")
+    if training_args.run_name is not None:
+        parser.error("--run_name would name all runs of a grid alike: each is reported under its folder's name")
     if args.resume:
         training_args.save_strategy, training_args.save_only_model = SaveStrategy.EPOCH, False
     return args, training_args
@@ -168,6 +172,10 @@ class Run:
         """Where the run's files lie until it is done."""
         return self.folder.parent.with_name("unfinished") / self.folder.name
 
+    @property
+    def tensorboard(self) -> Path:
+        return self.folder.parent.with_name("tensorboard") / self.folder.name
+
 
 def plan(flags: list[str], more: tuple[str, ...] = ()) -> Run:
     """Check all that can be checked before a weight is loaded; prepares the data set if it is missing, and says so.
@@ -176,6 +184,11 @@ def plan(flags: list[str], more: tuple[str, ...] = ()) -> Run:
     Nothing is written under the output folder.
     """
     args, training_args = parse([*flags, *more])
+    for reporter in set(training_args.report_to) - {"kubeflow"}:  # which the library adds by itself where it runs
+        if reporter not in REPORTERS:
+            raise RunError(f"--report_to {reporter}: choose from {', '.join(REPORTERS)}")
+        if reporter not in get_available_reporting_integrations():
+            raise RunError(f"--report_to {reporter} needs the package: pip install {reporter}")
     if training_args.world_size > 1:
         if training_args.per_device_train_batch_size % training_args.world_size:
             raise RunError(
@@ -214,6 +227,7 @@ def plan(flags: list[str], more: tuple[str, ...] = ()) -> Run:
     if training_args.world_size > 1:  # each draws its own dropout masks
         settings["processes"] = training_args.world_size
     folder = Path(training_args.output_dir) / "runs" / run_name(settings)
+    training_args.run_name = folder.name
     return Run(flags, args, training_args, model_folder, revision, data, settings, folder)
 
 

@@ -335,7 +335,8 @@ def fine_tune(run: settings.Run, data: datasets.DatasetDict) -> Trained:
 
         setup.trainer.add_callback(unfinished.Checkpoints(run, now))
         setup.trainer.add_callback(unfinished.HowFar(run))
-        setup.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with unfinished.reports(run, setup.trainer, goes_on=checkpoint is not None):
+            setup.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         batch = {"rows": batch_size, "accumulated": args.gradient_accumulation_steps, "processes": args.world_size}
         return Trained(setup, clock, cut_off, before, {**batch, "halved": (parts - 1).bit_length()})
 

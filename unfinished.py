@@ -21,7 +21,8 @@ from typing import TextIO
 
 import transformers
 from filelock import Timeout
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 import corrupt
@@ -254,6 +255,34 @@ def how_far(run: settings.Run) -> dict:
         return json.loads((run.unfinished / "now.json").read_text())
     except (OSError, ValueError):
         return {}
+
+
+@contextmanager
+def reports(run: settings.Run, trainer: Trainer, goes_on: bool) -> Iterator[None]:
+    """Meanwhile the Trainer reports the run to where --report_to says; then that is ended, however the run ends.
+
+    The process's next run would go on with what is left open, and so would a test of the weights that are read back.
+    """
+    kinds = (TensorBoardCallback, TrackioCallback, WandbCallback)
+    reporters = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kinds)]
+    for reporter in reporters:
+        if isinstance(reporter, TensorBoardCallback) and run.training_args.process_index == 0:
+            reporter.logging_dir = str(run.tensorboard)
+            if not goes_on:
+                shutil.rmtree(run.tensorboard, ignore_errors=True)
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        for reporter in reporters:
+            trainer.remove_callback(reporter)
+            if isinstance(reporter, WandbCallback):
+                import wandb
+
+                wandb.finish(exit_code=int(failed))
+            else:
+                reporter.on_train_end(trainer.args, trainer.state, trainer.control)  # again, if all went well
 
 
 # ---- Checkpoints ----

@@ -197,9 +197,12 @@ class OnRay:
             (ready,), _ = self.ray.wait(list(running))
             run = running.pop(ready)
             try:
-                state, line, files = self.ray.get(ready)
+                state, line, files, events = self.ray.get(ready)
                 if files:
                     receive(run, files)
+                if events:
+                    shutil.rmtree(run.tensorboard, ignore_errors=True)
+                    write(events, run.tensorboard)
             except (self.ray.exceptions.RayError, settings.RunError, OSError) as error:
                 state, line = "failed", f"{run.folder}: {type(error).__name__}: {corrupt.one_line(error)}"
                 unfinished.failed(run, line, [])
@@ -248,8 +251,9 @@ def on_node(
     data_dir: Path,
     token: Path,
     rows: list,
-) -> tuple[str, str, dict[str, bytes]]:
-    """Do a run on a machine of the cluster; also returns its files, if this machine does not see the output folder."""
+) -> tuple[str, str, dict[str, bytes], dict[str, bytes]]:
+    """Do a run on a machine of the cluster; also returns its files and TensorBoard's, if this machine does not see the
+    output folder."""
     import ray
 
     name, shared = asked["dataset"], token.exists()
@@ -262,8 +266,8 @@ def on_node(
     more = (*more, "--output_dir", str(output_dir), "--data_dir", str(data_dir))
     state, line = train.do(flags, asked, blocking, *more)
     if shared:
-        return state, line, {}
-    files = contents(output_dir / "runs" / settings.run_name(asked))
-    for part in ("runs", "unfinished"):
+        return state, line, {}, {}
+    files, events = (contents(output_dir / part / settings.run_name(asked)) for part in ("runs", "tensorboard"))
+    for part in ("runs", "unfinished", "tensorboard"):
         shutil.rmtree(output_dir / part, ignore_errors=True)
-    return state, line, files
+    return state, line, files, events
