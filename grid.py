@@ -26,11 +26,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from tqdm import tqdm
 
 import corrupt
 import cost
 import data_prep
+import progress
 import settings
 import train
 import unfinished
@@ -198,10 +198,10 @@ def plan(flag_lists: list[list[str]]) -> tuple[list[settings.Run], list[str], in
             if reason := lost.get(args.model) or lost.get(args.dataset):
                 raise reason
             run = settings.plan(flags)
+            if run.unfinished.exists():
+                unfinished.sweep(run)
             if run.folder not in planned and settings.result_of(run) is None:
                 runs.append(run)
-            elif run.unfinished.exists():
-                unfinished.sweep(run)
             planned.add(run.folder)  # flags that go to every run can make two of them one
         except settings.BAD_INPUT as error:
             if isinstance(error, data_prep.DataError):
@@ -239,24 +239,19 @@ def do_runs(
 
 def work_through(runs: list[settings.Run], team: workers.Here | workers.OnRay) -> list[str]:
     """Do the runs, those last that another process is at; returns a line for each that failed."""
-    cells, by_flags = by_cell([run.flags for run in runs]), {tuple(run.flags): run for run in runs}
-    weight = {by_flags[tuple(flags)].folder: cost.roughly(cell) / len(cell) for cell in cells for flags in cell}
-    cells = [[by_flags[tuple(flags)] for flags in cell] for cell in cells]
-    failures, busy, done = [], [], 0
-    with tqdm(total=sum(weight.values()), bar_format="{desc}{percentage:3.0f} %|{bar}| {elapsed}<{remaining}") as bar:
-        bar.set_description_str(f"{done} of {len(runs)} runs, {team} ")
+    by_flags = {tuple(run.flags): run for run in runs}
+    flag_lists = by_cell([run.flags for run in runs])
+    cells = [[by_flags[tuple(flags)] for flags in cell] for cell in flag_lists]
+    costs = [cost.roughly(cell) / len(cell) for cell in flag_lists for _ in cell]
+    failures, busy = [], []
+    with progress.Display([run for cell in cells for run in cell], costs, str(team)) as display:
         for blocking in (False, True):
             for run, state, line in team.work(cells, blocking):
                 if state == "busy":
                     busy.append([run])
                     continue
-                bar.write(line if state == "done" else f"{state}: {line}")
-                if state == "again":
-                    continue
+                display.ended_as(run, state, line)
                 failures += [line] if state == "failed" else []
-                done += 1
-                bar.set_description_str(f"{done} of {len(runs)} runs, {team} ")
-                bar.update(weight[run.folder])
             cells = busy
     return failures
 

@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy
 
 import corrupt
@@ -67,9 +68,10 @@ SHOWN = {
     "per_device_train_batch_size": "rows of a step",
     "seed": "of the draws, the head, the order of the rows, and dropout",
     "bf16": "bfloat16 for speed on a GPU that has it: other numbers",
-    "report_to": "none, tensorboard, trackio or wandb",
+    "report_to": "none, tensorboard, trackio or wandb; each run goes by its folder's name",
     "output_dir": "the run's folder is OUTPUT_DIR/runs/<run>",
 }
+REPORTERS = ("tensorboard", "trackio", "wandb")
 POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # TrainingArguments that cannot change a number, by the beginning of their names.
 NEUTRAL = (
@@ -185,6 +187,8 @@ def parse(flags: list[str]) -> tuple[RunArguments, TrainingArguments]:
     for name, value in FIXED.items():
         if getattr(training_args, name) != value:
             parser.error(f"--{name} is fixed to {value}: every run is tested after each epoch and keeps the best")
+    if training_args.run_name is not None:
+        parser.error("--run_name would name all runs of a grid alike: each is reported under its folder's name")
     if args.resume:
         training_args.save_strategy, training_args.save_only_model = SaveStrategy.EPOCH, False
     return args, training_args
@@ -211,6 +215,10 @@ class Run:
         """Where the run's files lie until it is done."""
         return self.folder.parent.with_name("unfinished") / self.folder.name
 
+    @property
+    def tensorboard(self) -> Path:
+        return self.folder.parent.with_name("tensorboard") / self.folder.name
+
 
 def plan(flags: list[str], more: tuple[str, ...] = (), dataset: str | None = None) -> Run:
     """Check all that can be checked before a weight is loaded; prepares the data set if it is missing, and says so.
@@ -220,6 +228,11 @@ def plan(flags: list[str], more: tuple[str, ...] = (), dataset: str | None = Non
     RunError. Nothing is written under the output folder.
     """
     args, training_args = parse([*flags, *more])
+    for reporter in set(training_args.report_to) - {"kubeflow"}:  # which the library adds by itself where it runs
+        if reporter not in REPORTERS:
+            raise RunError(f"--report_to {reporter}: choose from {', '.join(REPORTERS)}")
+        if reporter not in get_available_reporting_integrations():
+            raise RunError(f"--report_to {reporter} needs the package: pip install {reporter}")
     if training_args.world_size > 1:
         if training_args.per_device_train_batch_size % training_args.world_size:
             raise RunError(
@@ -259,6 +272,7 @@ def plan(flags: list[str], more: tuple[str, ...] = (), dataset: str | None = Non
     if training_args.world_size > 1:  # each draws its own dropout masks
         settings["processes"] = training_args.world_size
     folder = Path(training_args.output_dir) / "runs" / run_name(settings)
+    training_args.run_name = folder.name
     return Run(flags, args, training_args, model_folder, revision, data, settings, folder)
 
 
@@ -332,15 +346,21 @@ def result_of(run: Run) -> dict | None:
     return result
 
 
-def summary(run: Run, result: dict) -> str:
+def cell(run: Run) -> str:
+    """The run's cell, as people call it."""
     s = run.settings
     where = "undamaged" if s["side"] == "none" else f"{s['percent']:g} % {s['side']}"
     how = "" if s["pooling"] == "cls" else ", mean pooling"
     how += "" if s["tuning"] == "full" else ", linear probe"
-    how += "" if s["plain"] or result["speed"]["packed"] else ", with padding"
+    return f"{s['model']}, {where}, {s['dataset']}{how}"
+
+
+def summary(run: Run, result: dict) -> str:
+    s = run.settings
+    how = "" if s["plain"] or result["speed"]["packed"] else ", with padding"
     if (batch := result.get("batch", {})).get("halved"):
         how += f", {batch['rows']} rows at a time for want of memory"
     return (
-        f"{s['model']}, {where}, {s['dataset']}{how}, learning rate {s['learning_rate']:g}, seed {s['seed']}: "
+        f"{cell(run)}{how}, learning rate {s['learning_rate']:g}, seed {s['seed']}: "
         f"weighted F1 {100 * result['weighted_f1']:.2f} % (epoch {result['best_epoch']} of {result['epochs']})"
     )

@@ -6,8 +6,8 @@
 
 Every flag of `TrainingArguments` works, but for those in FIXED: the paper's protocol, which tests after every epoch
 and keeps the best. The run's folder, outputs/runs/<run>, appears whole, with `epochs.csv`, `predictions.csv.gz` (the
-test split, best epoch) and `result.json`. A run that is already there is not done again. With --resume one that was cut
-off goes on from its last epoch; `accelerate launch` in the place of `python` does one run on several GPUs.
+test split, best epoch), `log.txt` and `result.json`. A run that is already there is not done again. With --resume one
+that was cut off goes on from its last epoch; `accelerate launch` in the place of `python` does one run on several GPUs.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -88,10 +87,6 @@ class PairedTrainer(Trainer):
         return SequentialSampler(eval_dataset)  # the library's own groups by length and so shuffles predictions
 
 
-class Diverged(settings.RunError):
-    """A run that would diverge again: none of its checkpoints is worth keeping."""
-
-
 class StopIfDiverged(TrainerCallback):
     """Ends a run whose loss is no longer a number: its F1 would be that of a constant."""
 
@@ -100,7 +95,8 @@ class StopIfDiverged(TrainerCallback):
     ) -> None:
         for name in {"loss", "eval_loss"} & logs.keys():
             if not math.isfinite(logs[name]):
-                raise Diverged(f"diverged: {name} is {logs[name]} in epoch {state.epoch:g}; lower --learning_rate")
+                reason = f"{name} is {logs[name]} in epoch {state.epoch:g}"
+                raise unfinished.Diverged(f"diverged: {reason}; lower --learning_rate")
 
 
 class Clock(TrainerCallback):
@@ -339,7 +335,9 @@ def fine_tune(run: settings.Run, data: datasets.DatasetDict) -> Trained:
             }
 
         setup.trainer.add_callback(unfinished.Checkpoints(run, now))
-        setup.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        setup.trainer.add_callback(unfinished.HowFar(run))
+        with unfinished.reports(run, setup.trainer, goes_on=checkpoint is not None):
+            setup.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         batch = {"rows": batch_size, "accumulated": args.gradient_accumulation_steps, "processes": args.world_size}
         return Trained(setup, clock, cut_off, before, {**batch, "halved": (parts - 1).bit_length()})
 
@@ -352,15 +350,7 @@ def execute(run: settings.Run) -> dict:
     The caller holds the run's lock. Of several processes (accelerate launch) all train and the first one writes.
     """
     new, started, first = run.unfinished / "new", time.perf_counter(), run.training_args.process_index == 0
-    try:
-        if run.folder.exists() and not run.folder.is_dir():
-            raise FileExistsError(f"a file is in its place: {run.folder}")
-        if first:
-            unfinished.discard(run)  # what a process that died has left
-            new.mkdir(parents=True)
-    except OSError as error:
-        raise settings.RunError(f"{run.folder} cannot be written: {corrupt.one_line(error)}") from error
-    try:
+    with unfinished.being_done(run):
         if data_prep.manifest(run.args.dataset, run.args.data_dir)["fingerprint"] != run.settings["data_fingerprint"]:
             raise settings.RunError(f"{run.args.dataset} was prepared anew after this run was planned: start it again")
         data = prepared(run.args.dataset, run.args.data_dir, run.settings["data_fingerprint"])
@@ -422,14 +412,6 @@ def execute(run: settings.Run) -> dict:
             (new / "result.json").write_text(json.dumps(result, indent=1) + "\n")
             unfinished.install(run)
         return result
-    except Exception as error:
-        if first:
-            unfinished.failed(run, f"{type(error).__name__}: {error}", traceback.format_exc().splitlines())
-            unfinished.discard(run, checkpoints_too=isinstance(error, Diverged))
-        raise
-    finally:
-        if first:
-            unfinished.discard(run)
 
 
 def command(run: settings.Run) -> str:
@@ -492,13 +474,13 @@ def do(flags: list[str], asked: dict, wait: bool, *more: str) -> tuple[str, str]
     quieten()
     where = f"python train.py {shlex.join(flags)}"
     try:
-        run = settings.plan(flags, ("--disable_tqdm", "True", *more), asked["dataset"])
-        if differ := [name for name, value in asked.items() if run.settings.get(name) != value]:
-            raise settings.RunError(
-                f"{', '.join(differ)} differ from what they were when the grid began: start it again"
-            )
-        where = run.folder
-        with contextlib.redirect_stdout(None):  # the Trainer's lines, without its bar
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # the console is the grid's
+            run = settings.plan(flags, ("--disable_tqdm", "True", *more), asked["dataset"])
+            if differ := [name for name, value in asked.items() if run.settings.get(name) != value]:
+                raise settings.RunError(
+                    f"{', '.join(differ)} differ from what they were when the grid began: start it again"
+                )
+            where = run.folder
             result, there = once(run, wait)
         return "done", settings.summary(run, result) + (", done by another process" if there else "")
     except Timeout:

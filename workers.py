@@ -9,14 +9,12 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
-from threading import Thread
 from typing import NamedTuple, Self
 from uuid import uuid4
 
@@ -30,6 +28,7 @@ import data_prep
 import settings
 import train
 import unfinished
+from begin import begin
 
 KILLED = "its worker was killed twice, perhaps for want of memory: --jobs 1 needs less"
 Said = tuple[settings.Run, str, str]  # a run, what became of it (done, failed, busy), and a line that says it
@@ -54,18 +53,6 @@ class Staff(NamedTuple):
         if self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = self.gpus[number % len(self.gpus)]
         return ProcessPoolExecutor(1, env=env, initializer=begin, initargs=(os.getpid(),))
-
-
-def begin(parent: int) -> None:
-    """In a new worker: leave Ctrl-C to the grid, and end when the grid has died, whose next start does the run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
 
 
 class Here:
@@ -210,9 +197,12 @@ class OnRay:
             (ready,), _ = self.ray.wait(list(running))
             run = running.pop(ready)
             try:
-                state, line, files = self.ray.get(ready)
+                state, line, files, events = self.ray.get(ready)
                 if files:
                     receive(run, files)
+                if events:
+                    shutil.rmtree(run.tensorboard, ignore_errors=True)
+                    write(events, run.tensorboard)
             except (self.ray.exceptions.RayError, settings.RunError, OSError) as error:
                 state, line = "failed", f"{run.folder}: {type(error).__name__}: {corrupt.one_line(error)}"
                 unfinished.failed(run, line, [])
@@ -233,7 +223,7 @@ def receive(run: settings.Run, files: dict[str, bytes]) -> None:
     """Install a run's files that came from a machine of the cluster, unless another process has done the run since."""
     if "result.json" not in files:
         failure = json.loads(files["failure.json"])
-        unfinished.failed(run, failure["reason"], failure["traceback"])
+        unfinished.failed(run, failure["reason"], failure["traceback"], files.get("failure.log"))
         return
     with unfinished.alone(run):
         if settings.result_of(run) is None:
@@ -261,8 +251,9 @@ def on_node(
     data_dir: Path,
     token: Path,
     rows: list,
-) -> tuple[str, str, dict[str, bytes]]:
-    """Do a run on a machine of the cluster; also returns its files, if this machine does not see the output folder."""
+) -> tuple[str, str, dict[str, bytes], dict[str, bytes]]:
+    """Do a run on a machine of the cluster; also returns its files and TensorBoard's, if this machine does not see the
+    output folder."""
     import ray
 
     name, shared = asked["dataset"], token.exists()
@@ -275,8 +266,8 @@ def on_node(
     more = (*more, "--output_dir", str(output_dir), "--data_dir", str(data_dir))
     state, line = train.do(flags, asked, blocking, *more)
     if shared:
-        return state, line, {}
-    files = contents(output_dir / "runs" / settings.run_name(asked))
-    for part in ("runs", "unfinished"):
+        return state, line, {}, {}
+    files, events = (contents(output_dir / part / settings.run_name(asked)) for part in ("runs", "tensorboard"))
+    for part in ("runs", "unfinished", "tensorboard"):
         shutil.rmtree(output_dir / part, ignore_errors=True)
-    return state, line, files
+    return state, line, files, events

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,10 @@ def test_the_demo_line(tmp_path: Path) -> None:
     assert blocked.name in done.stderr.splitlines()[-1]
     results = {path: path.stat().st_mtime_ns for path in outputs.glob("runs/*/result.json")}
     assert len(results) == 11
+    # where there is no terminal a line for each run, and nothing that moves a cursor
+    lines = re.findall(r"(?m)^\[(\d+) of 12(?:, about \d+ (?:s|min) left)?\] (failed: )?", done.stdout)
+    assert [int(number) for number, _ in lines] == list(range(1, 13)) and len({failed for _, failed in lines}) == 2
+    assert "".join(done.stdout.split("\n")).isprintable() and "".join(done.stderr.split("\n")).isprintable()
 
     # the same command does what is missing, and only that
     blocked.unlink()

@@ -40,12 +40,12 @@ def file_names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-# Just the three files, just the epochs asked for; the F1s are scikit-learn's over the predictions that were kept.
+# Just these files, just the epochs asked for; the F1s are scikit-learn's over the predictions that were kept.
 def test_a_whole_run(flags: list[str], small_data: Path, tmp_path: Path) -> None:
     run = settings.plan([*flags, "--corrupt", "bottom", "--frac", "1/2"])
     train.execute(run)
     assert file_names(tmp_path / "outputs" / "runs") == [
-        f"{run.folder.name}/{name}" for name in ("epochs.csv", "predictions.csv.gz", "result.json")
+        f"{run.folder.name}/{name}" for name in ("epochs.csv", "log.txt", "predictions.csv.gz", "result.json")
     ]
     epochs = pd.read_csv(run.folder / "epochs.csv")
     scores = ["accuracy", "weighted_f1", "weighted_f1_half_a", "weighted_f1_half_b"]
@@ -262,7 +262,7 @@ def test_a_diverged_run_is_a_failure(flags: list[str]) -> None:
     run = settings.plan([*flags, "--learning_rate", "1e30", "--resume"])
     with pytest.raises(settings.RunError, match="diverged"):
         train.execute(run)
-    assert file_names(run.folder) == ["failure.json"] and not run.unfinished.exists()
+    assert file_names(run.folder) == ["failure.json", "failure.log"] and not run.unfinished.exists()
     assert "lower --learning_rate" in json.loads((run.folder / "failure.json").read_text())["reason"]
 
 

@@ -73,6 +73,7 @@ def test_resume(tuning: str, flags: list[str], tmp_path: Path, monkeypatch: pyte
     result, there = train.once(run)
     assert not there and [part["until_epoch"] for part in result["cut_off"]] == [1.0, 2.0]
     assert expected["cut_off"] == []
+    assert (run.folder / "log.txt").read_text().count("***** Running training *****") == 4  # of each part
     for name in ("epochs.csv", "predictions.csv.gz", *(["vectors.npy"] if tuning == "full" else [])):
         assert (run.folder / name).read_bytes() == (plain.folder / name).read_bytes()
     assert not run.unfinished.exists()
@@ -255,5 +256,6 @@ def test_two_processes(flags: list[str], without_dropout: Path, tmp_path: Path) 
     assert result["batch"] == {"rows": 16, "accumulated": 1, "processes": 2, "halved": 0}
     assert result["settings"]["processes"] == 2 and path.parent.name == f"{single.folder.name}_use_cpu=True_processes=2"
     assert done.stdout.count("weighted F1") == 1
+    assert (path.parent / "log.txt").read_text().count("***** Running training *****") == 1
     tables = [pd.read_csv(folder / "epochs.csv") for folder in (path.parent, single.folder)]
     pd.testing.assert_frame_equal(*tables, rtol=1e-5)
