@@ -6,8 +6,10 @@ Both do `train.do`, and both outlive what they lose: a run whose worker was kill
 import atexit
 import json
 import os
+import shlex
 import shutil
 import signal
+import sys
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -148,8 +150,10 @@ class OnRay:
             "excludes": [f"/{path.name}" for path in here.iterdir() if path.suffix != ".py" and path.name != "metrics"],
             "env_vars": {**env, "HEALING_COMMIT": train.git_commit() or ""},
         }
+        address = os.environ.get("RAY_ADDRESS", "local")  # Ray's own choice may be a cluster that died
+        if address == "local":
+            code["py_executable"] = shlex.quote(sys.executable)  # which Ray does not: a blank in a path would end all
         try:
-            address = os.environ.get("RAY_ADDRESS", "local")  # Ray's own choice may be a cluster that died
             ray.init(address, runtime_env=code, logging_level="error", log_to_driver=False)
         except Exception as error:  # Ray's own are of every kind
             raise settings.RunError(f"no Ray cluster: {corrupt.one_line(error)}") from error
