@@ -577,6 +577,7 @@ def write(output_dir: Path, against: Path | None) -> Path:
         models=[aggregate.MODELS.get(m, m) for m in aggregate.in_order(both["model"], aggregate.MODELS)],
         datasets=[aggregate.DATASETS.get(d, d) for d in aggregate.in_order(both["dataset"], aggregate.DATASETS)],
         scale={"lost": LOST, "apart": APART},
+        how_often=HOW_OFTEN,
     )
     path = output_dir / f"{stem}.html"
     aggregate.write_whole(path, page)
