@@ -136,8 +136,11 @@ def measure(four: list, loaded: list) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def draw(numbers: pd.DataFrame, dots: pd.DataFrame, names: dict[int, str], across: int = 4) -> Figure:
-    """The panels, four across as wide as a page's text or two across, and one legend."""
-    figure = Figure(figsize=(7, 2.15) if across == 4 else (3.8, 4.9), dpi=300, layout="constrained")
+    """The panels and one legend: four across with a title, as wide as a page's text, or two across."""
+    columns = 3 if len(names) > 10 else 4  # of the legend, where it is below
+    below = (3.8, 4.85 + 0.12 * -(-len(names) // columns))
+    size = (7, max(2.15, 0.115 * len(names) + 0.1)) if across == 4 else below
+    figure = Figure(figsize=size, dpi=300, layout="constrained")
     looks = {label: (COLOURS[i % 7], MARKERS[i // 7 % 3]) for i, label in enumerate(names)}
     size = np.clip(7e3 / len(dots), 0.7, 4)  # a dot's area
     dots = dots.assign(marker=[looks[label][1] for label in dots["label"]])
@@ -151,14 +154,15 @@ def draw(numbers: pd.DataFrame, dots: pd.DataFrame, names: dict[int, str], acros
         axes.set_aspect("equal", adjustable="datalim")
         axes.spines[:].set(color="0.75", linewidth=0.5)
         axes.set_title(f"({letter}) {name_of(panel.side, panel.percent)}", fontsize=7.5, pad=3)
-        measured = f"silhouette {panel.silhouette:z.3f}  {NEIGHBOURS}-NN {panel.knn_accuracy:.2f} %"
-        axes.set_xlabel(f"F1 {panel.f1:.2f} %\n{measured}", fontsize=6, linespacing=1.4, labelpad=2)
+        measured = f"F1 {panel.f1:.2f} %  {NEIGHBOURS}-NN {panel.knn_accuracy:.2f} %"
+        axes.set_xlabel(f"{measured}\nsilhouette {panel.silhouette:z.3f}", fontsize=6, linespacing=1.4, labelpad=2)
     handles = [Line2D([], [], color=c, marker=m, linestyle="", markersize=3) for c, m in looks.values()]
-    looks = {"frameon": False, "fontsize": 5 if len(names) > 10 else 6.5, "handletextpad": 0.2}
-    place = {"loc": "outside right center"} if across == 4 else {"loc": "outside lower center", "ncols": 4}
+    looks = {"frameon": False, "fontsize": 5 if len(names) > 10 else 6.5, "labelspacing": 0.4, "handletextpad": 0.2}
+    place = {"loc": "outside right center"} if across == 4 else {"loc": "outside lower center", "ncols": columns}
     figure.legend(handles, names.values(), **place, **looks)
     title = f"{panel.model} on {panel.dataset}{panel.variant and ', '}{panel.variant}: t-SNE of the [CLS] vectors of "
-    figure.suptitle(f"{title}{panel.rows:,} test rows after fine-tuning", fontsize=6.5, color="0.3")
+    if across == 4:
+        figure.suptitle(f"{title}{panel.rows:,} test rows after fine-tuning", fontsize=6.5, color="0.3")
     return figure
 
 

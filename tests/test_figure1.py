@@ -156,7 +156,7 @@ def test_each_class_looks_like_its_name_in_the_legend() -> None:
         ]
         assert sorted(dots) == [(i, shown[name][0], outline(shown[name][1])) for i, name in names.items()]
     assert [axes.get_title() for axes in figure.axes] == ["(a) 0 %", "(b) 25 % top", "(c) 25 % bottom", "(d) 100 %"]
-    assert figure.axes[0].get_xlabel() == "F1 94.13 %\nsilhouette 0.000  15-NN 87.50 %"
+    assert figure.axes[0].get_xlabel() == "F1 94.13 %  15-NN 87.50 %\nsilhouette 0.000"
 
 
 def swap_labels(folder: Path) -> None:
