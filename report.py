@@ -17,7 +17,6 @@ from collections import defaultdict
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import jinja2
 import matplotlib
@@ -263,7 +262,9 @@ def maps(both: pd.DataFrame, name: str) -> list[dict]:
     for number, cells in both.groupby("table"):
         ours = heat(cells, cells["lost"], LOST)
         views = [{"title": "Ours", "kind": "lost", **ours}]
-        if cells["f1_reference"].notna().any():
+        known = cells[cells["f1_reference"].notna()]
+        if len(known):
+            cells = cells[cells["model"].isin(known["model"]) & cells["dataset"].isin(known["dataset"])]
             theirs = cells.assign(f1=cells["f1_reference"], collapsed=cells["collapsed_reference"])
             title = name.replace("the paper", "The paper")
             views.append({"title": title, "kind": "lost", **heat(theirs, cells["lost_reference"], LOST)})
@@ -535,7 +536,6 @@ def render(**content: object) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["path"] = lambda run: f"runs/{quote(run)}/"
     return environment.get_template(TEMPLATE.name).render(**content)
 
 

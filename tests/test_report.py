@@ -98,6 +98,7 @@ def test_every_table_and_figure_is_visible(
         ink, ground = (tab.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
         brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, ground)]
         assert brightness[0] < brightness[1] if scheme == "light" else brightness[0] > brightness[1]
+    assert tab.locator("figure svg [style*='fill: #ffffff']").count() == 0  # no light ground under a figure in the dark
     for svg in tab.locator("figure svg").all():  # the text of a figure can be read: 6 pixels at the least
         size = svg.locator("text").first.evaluate("text => text.getBoundingClientRect().height")
         assert size > 6
@@ -138,6 +139,7 @@ def test_a_number_tells_where_it_comes_from(papers: Path, opened: Callable) -> N
         words = " ".join(tab.locator(tips).inner_text().split())
         assert "Distil, top 50 %, MRPC" in words and f"ours {cell['f1']:.2f} the paper 71.00" in words
         assert f"cross-fitted {cell['cross_fitted']:.2f}" in words and "against undamaged -8.03" in words  # 79.03
+        (button.tap if options else button.click)()  # once more: it stays
         box = tab.locator(tips).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= tab.viewport_size["width"]
         other = tab.locator("#tables .map").nth(6).locator("button", has_text="79.03")
@@ -171,6 +173,10 @@ def test_the_verdict(papers: Path, opened: Callable) -> None:
     known = {("(1)", "4"): "25 of 34", ("(2)", "4"): "25 of 40", ("(3)", "4"): "13 of 14"}
     known |= {("(1)", "5"): "27 of 34", ("(2)", "5"): "28 of 40", ("(3)", "5"): "14 of 14"}
     assert {key: counts[key] for key in known} == {key: [count] * 2 for key, count in known.items()}
+    # and 100 of 102, 114 of 120, 41 of 42 in Table 1; Table 3 is not here
+    sums = [f"the paper {count}" for count in ("152 of 170", "167 of 200", "68 of 70")]
+    shares = [" ".join(share.split()) for share in tab.locator("#verdict .share").all_inner_texts()]
+    assert shares[1::2] == sums
     assert tab.locator("#verdict .card").count() == 3
 
 
@@ -189,6 +195,17 @@ def test_what_is_left_by_hand() -> None:
     assert report.headline(left, "the paper") == said
     whole = report.what_is_left(report.beside(cells[cells["dataset"] == "sst2"], cells, by_variant=False))
     assert whole["reference"].tolist() == [80.0, 90.0]
+
+
+# Against another grid a variant meets its like; the paper has one number for all.
+def test_variants_beside_the_reference() -> None:
+    rows = [("a", 90.0), ("b", 80.0)]
+    cells = pd.DataFrame(rows, columns=["variant", "f1"]).assign(table=1, model=BASE, dataset="sst2", side="none")
+    cells = cells.assign(percent=0.0, collapsed=False, layers=0)
+    other = cells.assign(f1=[50.0, 60.0])
+    assert report.beside(cells, other, by_variant=True)["difference"].tolist() == [40.0, 20.0]
+    paper = other[:1].assign(variant="")
+    assert report.beside(cells, paper, by_variant=False)["difference"].tolist() == [40.0, 30.0]
 
 
 # Two seeds with F1 0.5 and 0.7, then 0.6 and 0.6: mean 60, deviation sqrt(2) * 10, then 0.
