@@ -29,6 +29,7 @@ from scipy.stats import binomtest
 NUMBERS = 3  # the newest results that this code knows: NUMBERS of settings.py
 CELL = ["model", "variant", "side", "percent", "dataset", "pooling", "tuning"]
 PLACE = ["table", "model", "percent", "side", "dataset"]  # a cell of the paper
+VALUES = ["f1", "collapsed", "f1_std", "cell"]  # what a paper table holds of a cell
 HALVES = ["picked_on_a", "then_on_b", "picked_on_b", "then_on_a"]  # F1 on the two halves of the test split
 COMPARED = ["rows", "f1_bottom", "f1_top", "difference", "low", "high"]
 COMPARED += ["only_bottom_right", "only_top_right", "p_mcnemar"]
@@ -39,7 +40,9 @@ DATASETS = {"sst2": "SST-2", "imdb": "IMDB", "ag_news": "AG News", "emotion": "E
 DATASETS |= {"tfnt": "TFNT", "mrpc": "MRPC", "rte": "RTE", "rotten_tomatoes": "Rotten Tomatoes", "bbc_news": "BBC News"}
 TABLES = {1: "after fine-tuning", 3: "with the mean token", 4: "of the linear probe", 5: "on sentence pairs"}
 CLAIMS = ("corrupted < undamaged", "more damage, lower F1", "bottom < top")
-Table = namedtuple("Table", "text collapsed cell missing")  # frames of the same shape but for the names, and a count
+Table = namedtuple(
+    "Table", "text collapsed std cell missing"
+)  # frames of the same shape but for the names, and a count
 PAPER = Path(__file__).parent / "paper"
 PAPER_LAYERS = {"base": 12, "large": 24, "distil": 6}  # in the order of MODELS
 COLLAPSED = 0.99  # of the predictions are one class
@@ -166,7 +169,9 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
     tried = same_seeds(runs).groupby([*CELL, "learning_rate"])
     mean = tried[["f1", "constant_f1", *HALVES]].mean()
     mean = mean.assign(f1_std=tried["f1"].std(), seeds=tried["seed"].nunique(), layers=tried["layers"].first())
-    mean = mean.assign(collapsed=tried["collapsed"].any(), runs=tried["run"].agg(" ".join)).reset_index()
+    mean = mean.assign(
+        collapsed=tried["collapsed"].any(), collapsed_runs=tried["collapsed"].sum(), runs=tried["run"].agg(" ".join)
+    ).reset_index()
     best = {}
     for score in ("f1", "picked_on_a", "picked_on_b"):
         ranked = mean.sort_values([score, "learning_rate"], ascending=[False, True])
@@ -181,7 +186,7 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
     tables = [table_of(*of) for of in zip(cells["pooling"], cells["tuning"], cells["dataset"], strict=True)]
     cells["table"] = pd.array(tables, dtype="Int64")
     shown = ["f1", "f1_std", "cross_fitted", "gap", "seeds", "learning_rate", "learning_rates_tried", "edge"]
-    return cells[["table", *CELL, *shown, "collapsed", "constant_f1", "layers", "runs"]]
+    return cells[["table", *CELL, *shown, "collapsed", "collapsed_runs", "constant_f1", "layers", "runs"]]
 
 
 def table_of(pooling: str, tuning: str, dataset: str) -> int | None:
@@ -209,39 +214,45 @@ def paper_table(cells: pd.DataFrame) -> Table:
     """One table's cells in the paper's layout: ours and the paper's own are made by this.
 
     A row for each model and degree of corruption, columns `<data set> bottom` and `<data set> top`. 0 % and 100 % have
-    no side: the paper prints one number across both columns, here it stands in both. `cell` says which row of `cells` a
-    number comes from. Missing are those in the rows and columns that are there.
+    no side: the paper prints one number across both columns, here it stands in both. `std` is the deviation over
+    seeds as text, empty where there is one seed; `cell` says which row of `cells` a number comes from. Missing are
+    those in the rows and columns that are there.
     """
     columns = pd.MultiIndex.from_product([in_order(cells["dataset"], DATASETS), ["bottom", "top"]])
     cells = cells.assign(model=pd.Categorical(cells["model"], in_order(cells["model"], MODELS)), cell=cells.index)
+    cells["f1_std"] = cells.get("f1_std", np.nan)
     across = cells["percent"].isin([0, 100])
     cells = pd.concat([cells[~across], *(cells[across].assign(side=side) for side in ("bottom", "top"))])
-    wide = cells.set_index(["model", "variant", "percent", "layers", "dataset", "side"])[["f1", "collapsed", "cell"]]
+    wide = cells.set_index(["model", "variant", "percent", "layers", "dataset", "side"])[VALUES]
     wide = wide.unstack(["dataset", "side"])
-    f1, collapsed, cell = (wide[values].reindex(columns=columns) for values in ("f1", "collapsed", "cell"))
+    f1, collapsed, std, cell = (wide[values].reindex(columns=columns) for values in VALUES)
     text, collapsed = f1.map(lambda value: "" if pd.isna(value) else f"{value:.2f}"), collapsed.eq(True)
-    text.columns = collapsed.columns = cell.columns = [f"{DATASETS.get(name, name)} {side}" for name, side in columns]
+    std = std.map(lambda value: "" if pd.isna(value) else f" ± {value:.2f}")
+    text.columns = collapsed.columns = std.columns = cell.columns = [
+        f"{DATASETS.get(name, name)} {side}" for name, side in columns
+    ]
     text.insert(0, "model", [" ".join([MODELS.get(model, model), variant]).strip() for model, variant, *_ in f1.index])
     text.insert(1, "corruption", [f"{part:g}% (1-{depth})" if depth else "0%" for *_, part, depth in f1.index])
     missing = sum(row.isna().sum() / (2 if degree[2] in (0, 100) else 1) for degree, row in f1.iterrows())
-    frames = (frame.reset_index(drop=True) for frame in (text, collapsed, cell.astype("Int64")))
+    frames = (frame.reset_index(drop=True) for frame in (text, collapsed, std, cell.astype("Int64")))
     return Table(*frames, int(missing))
 
 
 def marked(table: Table, bold: str, red: str) -> pd.DataFrame:
-    """The table's texts, the higher of bottom and top in bold and collapsed runs in red, as in the paper."""
+    """The table's texts, the higher of bottom and top in bold, collapsed ones in red; with the deviation over seeds."""
     shown, number = table.text.copy(), table.text[list(table.collapsed)].apply(pd.to_numeric)
     for bottom, top in zip(list(number)[::2], list(number)[1::2], strict=True):
         for column, other in ((bottom, top), (top, bottom)):
             shown.loc[table.collapsed[column], column] = shown[column].map(red.format)
             shown.loc[number[column] > number[other], column] = shown[column].map(bold.format)
+    shown[list(table.std)] += table.std
     return shown
 
 
 def markdown(table: Table) -> str:
     """The table in Markdown, which has no red: a dagger stands for it."""
     text = marked(table, "**{}**", "{}†").to_markdown(index=False, disable_numparse=True)
-    legend = "\n\n† collapsed: at least 99 % of the predictions are one class"
+    legend = "\n\n† collapsed: at least 99 % of the predictions are one class, in one run of the cell or more"
     return f"{text}{legend if table.collapsed.any(axis=None) else ''}\n"
 
 
@@ -259,7 +270,7 @@ def latex(table: Table) -> str:
     text = style.to_latex(**form, hrules=True, clines="skip-last;data")
     rule = f"\\cline{{1-{2 + shown.shape[1]}}}\n"
     text = text.replace(rule + r"\bottomrule", r"\bottomrule").replace(rule, "\\midrule\n").replace(" & @", "")
-    packages = "% needs \\usepackage{booktabs} and \\usepackage{xcolor}; red: 99 % of the predictions are one class\n"
+    packages = "% needs \\usepackage{booktabs} and \\usepackage{xcolor}; red: a run with 99 % of one class\n"
     return packages + text.replace(" &  & Bottom", "Model & Corruption & Bottom", 1)
 
 

@@ -55,7 +55,9 @@ def choose(output_dir: Path, asked: dict[str, object]) -> dict[tuple[str, str], 
     seed; of several variants the one with the best F1 in panel (b).
     """
     if not (output_dir / "results.csv").is_file():
-        raise NoFigure(f"{output_dir}/results.csv is not there: run python aggregate.py first")
+        raise NoFigure(
+            f"{output_dir}/results.csv is not there: run python aggregate.py --output_dir {output_dir} first"
+        )
     runs = pd.read_csv(output_dir / "results.csv", keep_default_na=False)
     runs = runs[(runs["pooling"] == "cls") & (runs["tuning"] == "full")]
     runs = runs[[(output_dir / "runs" / run / "vectors.npy").is_file() for run in runs["run"]]]

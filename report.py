@@ -99,6 +99,8 @@ def read_csv(path: Path) -> pd.DataFrame:
 def read(output_dir: Path) -> Grid:
     """Raises NoReport if the CSVs are not there or are older than the runs."""
     again = f"run python aggregate.py --output_dir {output_dir} first"
+    if not (output_dir / "runs").is_dir():
+        raise NoReport(f"{output_dir} holds no runs: give the output folder of grid.py or train.py")
     try:
         runs, cells, pairs = (read_csv(output_dir / f"{name}.csv") for name in ("results", "cells", "bottom_top"))
     except (OSError, ValueError) as error:
@@ -170,14 +172,24 @@ def verdict(both: pd.DataFrame, reference: pd.DataFrame, pairs: pd.DataFrame, na
             sentence = f"Holds here {how_often(holds, compared)}"
             sentence += f"; in {name} {how_often(there, in_all)}." if in_all else "."
         if number == 3 and len(pairs):
-            clear, against = (pairs["low"] > 0).sum(), (pairs["high"] < 0).sum()
-            sentence += f" In {clear} of {len(pairs)} the 95 % interval of the difference is above 0 as well"
-            sentence += f", in {against} it is below." if against else "."
+            unclear = [pair_of(pair) for pair in pairs[pairs["low"] <= 0].to_dict("records")]
+            sentence += (
+                f" In {len(pairs) - len(unclear)} of {len(pairs)} the 95 % interval of the difference is above 0"
+            )
+            sentence += f"; not so in {'; '.join(unclear)}." if 0 < len(unclear) <= 3 else "."
         shares = [{"name": "here", "holds": holds, "compared": compared}]
         shares += [{"name": name, "holds": there, "compared": in_all}] if in_all else []
         tables = of_claim.to_dict("records")
         said.append({"number": number, "claim": claim, "sentence": sentence, "shares": shares, "tables": tables})
     return said
+
+
+def pair_of(pair: dict) -> str:
+    """A row of bottom_top.csv in words."""
+    how = [
+        words for words, is_so in (("mean", pair["pooling"] == "mean"), ("probe", pair["tuning"] == "probe")) if is_so
+    ]
+    return ", ".join([model_of(pair), f"{pair['percent']:g} %", dataset_of(pair), *how])
 
 
 def what_is_left(both: pd.DataFrame) -> pd.DataFrame:
@@ -221,11 +233,13 @@ def headline(left: pd.DataFrame, name: str) -> str:
     }
     parts = [f"{found.at[side, 'ours']:.0f} % {words[side]}" for side in words if side in found.index]
     tuning = "A linear probe" if left["table"].min() == 4 else "Fine-tuning"
+    columns = int(found["columns"].iloc[0])
     sentence = f"{tuning} gives back, of the undamaged model's F1, {', '.join(parts)}"
     if found["reference"].notna().all():
         theirs = ", ".join(f"{found.at[side, 'reference']:.0f} %" for side in words if side in found.index)
         sentence += f"; in {name} {theirs}"
-    return f"{sentence}."
+    over = f"over {columns} column{'s' * (columns > 1)} of model and data set"
+    return f"{sentence} (Table {left['table'].min()}, averaged {over})."
 
 
 # ---- The tables as heat maps ----
@@ -280,10 +294,13 @@ def model_of(cell: dict | pd.Series) -> str:
     return f"{aggregate.MODELS.get(cell['model'], cell['model'])} {cell['variant']}".strip()
 
 
+def dataset_of(cell: dict | pd.Series) -> str:
+    return aggregate.DATASETS.get(cell["dataset"], cell["dataset"])
+
+
 def label_of(cell: dict | pd.Series) -> str:
     """A cell in words: model, damage, data set."""
-    dataset = aggregate.DATASETS.get(cell["dataset"], cell["dataset"])
-    return f"{model_of(cell)}, {damage_of(cell['side'], cell['percent'])}, {dataset}"
+    return f"{model_of(cell)}, {damage_of(cell['side'], cell['percent'])}, {dataset_of(cell)}"
 
 
 def damage_of(side: str, percent: float) -> str:
@@ -313,7 +330,7 @@ def panels(cells: pd.DataFrame, legend: int) -> tuple[Figure, list[tuple[Axes, p
     axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
     for panel, group in zip(axes, groups, strict=True):
         first = group.iloc[0]
-        panel.set_title(f"{model_of(first)}, {aggregate.DATASETS.get(first['dataset'], first['dataset'])}", loc="left")
+        panel.set_title(f"{model_of(first)}, {dataset_of(first)}", loc="left")
         panel.set_ylabel("weighted F1 (%)")
         panel.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.5)
     return figure, list(zip(axes, groups, strict=True))
@@ -431,7 +448,7 @@ def figures_1(output_dir: Path) -> list[dict]:
         figure1.draw(numbers, dots, names, across=2).savefig(picture, format="png")
         rows = numbers.assign(damage=[damage_of(*of) for of in zip(numbers["side"], numbers["percent"], strict=True)])
         first = numbers.iloc[0]
-        title = f"{model_of(first)} on {aggregate.DATASETS.get(first['dataset'], first['dataset'])}"
+        title = f"{model_of(first)} on {dataset_of(first)}"
         picture = b64encode(picture.getvalue()).decode()
         found.append({"title": title, "stem": stem, "picture": picture, "rows": rows.to_dict("records")})
     return found
@@ -501,9 +518,7 @@ def origin(grid: Grid) -> dict:
         groups = results.groupby([*by], dropna=False)
         return groups.agg(runs=("hours", "size"), hours=("hours", "sum")).reset_index().to_dict("records")
 
-    settings = pd.DataFrame(result["settings"] for result in grid.results.values()).drop(columns=OF_A_CELL)
-    settings = settings.astype(object).map(lambda value: json.dumps(value))
-    values = {name: column.value_counts().to_dict() for name, column in settings.items()}
+    values = settings_of(grid)
     return {
         "models": counted("model", "model_fingerprint", "revision"),
         "datasets": [{**of, "rows": rows[of["data_fingerprint"]]} for of in counted("dataset", "data_fingerprint")],
@@ -514,6 +529,20 @@ def origin(grid: Grid) -> dict:
         "from": results["finished"].min()[:10],
         "until": results["finished"].max()[:10],
     }
+
+
+def settings_of(grid: Grid) -> dict[str, dict[str, int]]:
+    """The values of each setting, beside those of the cell, learning rate and seed, and how many runs have each."""
+    settings = pd.DataFrame(result["settings"] for result in grid.results.values()).drop(columns=OF_A_CELL)
+    settings = settings.astype(object).map(lambda value: json.dumps(value))
+    return {name: column.value_counts().to_dict() for name, column in settings.items()}
+
+
+def settings_apart(ours: Grid, theirs: Grid) -> list[dict]:
+    """The settings whose values are not the same in two grids."""
+    one, other = settings_of(ours), settings_of(theirs)
+    both = [(name, list(one.get(name, {})), list(other.get(name, {}))) for name in {**one, **other}]
+    return [{"name": name, "ours": a, "theirs": b} for name, a, b in both if set(a) != set(b)]
 
 
 def run_rows(grid: Grid) -> list[dict]:
@@ -546,12 +575,17 @@ def write(output_dir: Path, against: Path | None) -> Path:
     if placed.empty:
         raise NoReport("no cell belongs to a table of the paper: its pooling and tuning have none (see cells.csv)")
     if against:
+        if against.resolve() == output_dir.resolve():
+            raise NoReport(f"--against {against} is the output folder itself: give another")
         name = against.resolve().name
         stem = f"report_against_{name}"
-        reference = read(against).cells.dropna(subset="table").astype({"table": int})
+        other = read(against)
+        reference, apart = other.cells.dropna(subset="table").astype({"table": int}), settings_apart(grid, other)
     else:
-        name, stem, reference = "the paper", "report", aggregate.paper_cells()
+        name, stem, reference, apart = "the paper", "report", aggregate.paper_cells(), []
     both = beside(placed, reference, by_variant=against is not None)
+    if against and both["difference"].isna().all():
+        raise NoReport(f"{output_dir} and {against} have no cell in common: nothing to compare")
     figures = output_dir / stem.replace("report", "figures")
     figures.mkdir(exist_ok=True)
     left = what_is_left(both)
@@ -572,12 +606,14 @@ def write(output_dir: Path, against: Path | None) -> Path:
         tips=tips(both),
         origin=origin(grid),
         runs=run_rows(grid),
-        number_of={run: number for number, run in enumerate(grid.runs["run"])},
+        number_of={run: number for number, run in enumerate(grid.runs["run"], 1)},
+        command_of={run: result["command"] for run, result in grid.results.items()},
         cells=int(both["f1"].notna().sum()),
         models=[aggregate.MODELS.get(m, m) for m in aggregate.in_order(both["model"], aggregate.MODELS)],
         datasets=[aggregate.DATASETS.get(d, d) for d in aggregate.in_order(both["dataset"], aggregate.DATASETS)],
         scale={"lost": LOST, "apart": APART},
         how_often=HOW_OFTEN,
+        apart=apart,
     )
     path = output_dir / f"{stem}.html"
     aggregate.write_whole(path, page)

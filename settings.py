@@ -362,5 +362,5 @@ def summary(run: Run, result: dict) -> str:
         how += f", {batch['rows']} rows at a time for want of memory"
     return (
         f"{cell(run)}{how}, learning rate {s['learning_rate']:g}, seed {s['seed']}: "
-        f"weighted F1 {100 * result['weighted_f1']:.2f} % (epoch {result['best_epoch']} of {result['epochs']})"
+        f"weighted F1 {100 * result['weighted_f1']:.2f} % (epoch {result['best_epoch']:.3g} of {result['epochs']})"
     )

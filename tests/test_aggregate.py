@@ -91,6 +91,21 @@ def test_the_papers_layout(tmp_path: Path) -> None:
     assert "| Base    | 50% (1-6)    | 83.25          | **87.92**   |" in aggregate.markdown(table)
 
 
+# Three seeds with F1 50, 60 and 70, of which one collapsed: mean 60, deviation 10, marked, in one run of three.
+def test_several_seeds_in_a_table(tmp_path: Path) -> None:
+    constant = ([0, 1, 0, 1], [0, 0, 0, 0])
+    for seed, f1 in enumerate((50, 60, 70)):
+        predicted = {"predicted": constant} if seed == 1 else {}
+        write_result(tmp_path, BASE, "bottom", 50, "sst2", f1, seed=seed, **predicted)
+    write_result(tmp_path, BASE, "top", 50, "sst2", 55)
+    cells = cells_of(tmp_path)
+    assert cells["collapsed_runs"].tolist() == [1, 0]
+    table = aggregate.paper_table(cells)
+    assert table.text["SST-2 bottom"].tolist() == ["60.00"]  # a number, as in the CSV
+    assert "| **60.00†** ± 10.00 | 55.00 " in " ".join(aggregate.markdown(table).split())
+    assert r"\textbf{\textcolor{red}{60.00}} ± 10.00 & 55.00" in aggregate.latex(table)
+
+
 def read_back(rows: list[list[str]], datasets: list[str]) -> set[tuple]:
     """(model, percent, side, data set, F1) from rows with a number for bottom and for top, or one across both."""
     found, model = set(), ""

@@ -191,7 +191,8 @@ def test_what_is_left_by_hand() -> None:
     assert left[["side", "columns", "ours"]].to_numpy().tolist() == [["bottom", 2, 80.0], ["top", 2, 100.0]]
     assert left["reference"].isna().all()
     said = "Fine-tuning gives back, of the undamaged model's F1, "
-    said += "80 % with the bottom 50 % of its layers re-initialised, 100 % with the top."
+    said += "80 % with the bottom 50 % of its layers re-initialised, 100 % with the top"
+    said += " (Table 1, averaged over 2 columns of model and data set)."
     assert report.headline(left, "the paper") == said
     whole = report.what_is_left(report.beside(cells[cells["dataset"] == "sst2"], cells, by_variant=False))
     assert whole["reference"].tolist() == [80.0, 90.0]
@@ -234,11 +235,16 @@ def test_the_figures_as_files(papers: Path) -> None:
 
 # Another grid in the paper's place: cell by cell, and its claims.
 def test_two_grids_side_by_side(
-    papers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable
+    papers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    opened: Callable,
 ) -> None:
     other = tmp_path / "other"
     flags = {"dataset": ("rte",), "model": ("distilbert-base-uncased",), "learning_rate": ("2e-5",)}
-    page.write_runs(grid.jobs(grid.PRESETS["table5"], flags), other, noise=3)
+    flag_lists = [[*flags, "--num_train_epochs", "3"] for flags in grid.jobs(grid.PRESETS["table5"], flags)]
+    page.write_runs(flag_lists, other, noise=3)
     run_script(aggregate, monkeypatch, "--output_dir", other)
     run_script(report, monkeypatch, "--output_dir", other, "--against", papers)
     ours, theirs = (pd.read_csv(folder / "cells.csv").query("table == 5") for folder in (other, papers))
@@ -247,6 +253,11 @@ def test_two_grids_side_by_side(
     apart = tab.locator("#tables .map").nth(2).locator("td button").all_inner_texts()
     assert sorted(apart) == sorted(f"{one - two:+.2f}" for one, two in zip(both["f1_x"], both["f1_y"], strict=True))
     assert len(apart) == 4 and "my outputs" in tab.locator("#tables .map h4").nth(1).inner_text()
+    assert "num_train_epochs (3.0 here, 10.0 there)." in tab.locator("header").inner_text()
+    for against, said in ((other, "is the output folder itself"), (tmp_path / "none", "holds no runs")):
+        with pytest.raises(SystemExit):
+            run_script(report, monkeypatch, "--output_dir", other, "--against", against)
+        assert said in capsys.readouterr().err
 
 
 # ---- What is refused ----
