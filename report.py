@@ -279,10 +279,10 @@ def maps(both: pd.DataFrame, name: str) -> list[dict]:
         known = cells[cells["f1_reference"].notna()]
         if len(known):
             cells = cells[cells["model"].isin(known["model"]) & cells["dataset"].isin(known["dataset"])]
-            theirs = cells.assign(f1=cells["f1_reference"], collapsed=cells["collapsed_reference"])
+            theirs = cells.assign(f1=cells["f1_reference"], f1_std=np.nan, collapsed=cells["collapsed_reference"])
             title = name.replace("the paper", "The paper")
             views.append({"title": title, "kind": "lost", **heat(theirs, cells["lost_reference"], LOST)})
-            apart = cells.assign(f1=cells["difference"], collapsed=False)
+            apart = cells.assign(f1=cells["difference"], f1_std=np.nan, collapsed=False)
             of_apart = heat(apart, cells["difference"], APART, signed=True)
             views.append({"title": f"Ours - {name}", "kind": "apart", **of_apart})
         caption = f"weighted F1 in percent {aggregate.TABLES[number]}"

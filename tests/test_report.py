@@ -147,7 +147,7 @@ def test_a_number_tells_where_it_comes_from(papers: Path, opened: Callable) -> N
         tab.wait_for_function(f"document.querySelector('{tips}')?.innerText.includes('undamaged')")
         assert tab.locator(tips).count() == 1
         tab.locator(tips).locator("a", has_text="run").first.click()
-        row = tab.locator("tr:target")
+        row = tab.locator("tbody:target")
         run = cells.query("model == 'distilbert-base-uncased' and dataset == 'mrpc' and side == 'none'")["runs"].item()
         result = json.loads((papers / "runs" / run / "result.json").read_text())
         assert result["command"] in row.inner_text()
@@ -207,6 +207,10 @@ def test_variants_beside_the_reference() -> None:
     assert report.beside(cells, other, by_variant=True)["difference"].tolist() == [40.0, 20.0]
     paper = other[:1].assign(variant="")
     assert report.beside(cells, paper, by_variant=False)["difference"].tolist() == [40.0, 30.0]
+    # the deviation over our seeds stands beside ours alone
+    views = report.maps(report.beside(cells.assign(f1_std=1.5), paper, by_variant=False), "the paper")[0]["views"]
+    first = [view["models"][0]["rows"][0]["numbers"][0]["text"] for view in views]
+    assert first == ["90.00 ± 1.50", "50.00", "+40.00"]
 
 
 # Two seeds with F1 0.5 and 0.7, then 0.6 and 0.6: mean 60, deviation sqrt(2) * 10, then 0.
