@@ -190,7 +190,7 @@ def test_a_collapsed_model_is_one_dot() -> None:
 
 # What is wrong with the run of 25 % top, or with the flags, and what the one line on stderr must say.
 BAD = {
-    "no results": (lambda top: (top.parents[1] / "results.csv").unlink(), [], "run python aggregate.py first"),
+    "no results": (lambda top: (top.parents[1] / "results.csv").unlink(), [], "run python aggregate.py --output_dir"),
     "no vectors": (
         lambda top: [p.unlink() for p in top.parent.glob("*/vectors.npy")],
         [],
