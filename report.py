@@ -14,48 +14,19 @@ import json
 import re
 from base64 import b64encode
 from collections import defaultdict
-from io import BytesIO, StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
-import matplotlib
 import numpy as np
 import pandas as pd
-from loky import ProcessPoolExecutor, cpu_count
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 import aggregate
 import figure1
+import figures
 
-COLUMN = 3.3  # inches
-# Okabe and Ito's vermillion and blue, which colour-blind eyes tell apart; in the page each is a variable of its own, so
-# that the same drawing is right on light and on dark.
-INK, GREY, BOTTOM, TOP = "#222222", "#767676", "#d55e00", "#0072b2"
-THEME = {INK: "var(--ink)", GREY: "var(--grey)", BOTTOM: "var(--bottom)", TOP: "var(--top)"}
-LINES = {"none": (INK, "-", "o"), "bottom": (BOTTOM, "-", "v"), "top": (TOP, "--", "^"), "all": (GREY, ":", "s")}
-STYLE = {
-    "font.size": 7,
-    "axes.titlesize": 8,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "text.color": INK,
-    "lines.linewidth": 1.1,
-    "lines.markersize": 3,
-    "legend.frameon": False,
-    "legend.fontsize": 6.5,
-    "pdf.fonttype": 42,  # TrueType, embedded
-    "svg.fonttype": "none",
-    "svg.hashsalt": "healing",
-}
 LOST, APART = 25, 10  # F1 points at which a heat map's colour is full: against the undamaged model, against the paper
 CLAIMS = (
     "A corrupted model does not fully recover",
@@ -189,7 +160,7 @@ def pair_of(pair: dict) -> str:
     how = [
         words for words, is_so in (("mean", pair["pooling"] == "mean"), ("probe", pair["tuning"] == "probe")) if is_so
     ]
-    return ", ".join([model_of(pair), f"{pair['percent']:g} %", dataset_of(pair), *how])
+    return ", ".join([figures.model_of(pair), f"{pair['percent']:g} %", figures.dataset_of(pair), *how])
 
 
 def what_is_left(both: pd.DataFrame) -> pd.DataFrame:
@@ -290,153 +261,6 @@ def maps(both: pd.DataFrame, name: str) -> list[dict]:
     return found
 
 
-def model_of(cell: dict | pd.Series) -> str:
-    return f"{aggregate.MODELS.get(cell['model'], cell['model'])} {cell['variant']}".strip()
-
-
-def dataset_of(cell: dict | pd.Series) -> str:
-    return aggregate.DATASETS.get(cell["dataset"], cell["dataset"])
-
-
-def label_of(cell: dict | pd.Series) -> str:
-    """A cell in words: model, damage, data set."""
-    return f"{model_of(cell)}, {damage_of(cell['side'], cell['percent'])}, {dataset_of(cell)}"
-
-
-def damage_of(side: str, percent: float) -> str:
-    return {"none": "undamaged", "all": "100 %"}.get(side, f"{side} {percent:g} %")
-
-
-# ---- Figures ----
-
-
-def means(cell: pd.Series, epochs: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """F1 in percent by epoch: mean and standard deviation over the cell's seeds, at its best learning rate."""
-    frames = [epochs[run].set_index("epoch")["weighted_f1"] * 100 for run in cell["runs"].split()]
-    seeds = pd.concat(frames, axis=1)
-    return pd.DataFrame({"mean": seeds.mean(axis=1), "std": seeds.std(axis=1)})
-
-
-def opacity(percent: float) -> float:
-    return 0.35 + 0.65 * percent / 100
-
-
-def panels(cells: pd.DataFrame, legend: int) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """A figure as wide as a column, with one panel for each model (and variant) below the other."""
-    groups = [cells[cells["model"] == model] for model in aggregate.in_order(cells["model"], aggregate.MODELS)]
-    groups = [group for of_model in groups for _, group in of_model.groupby("variant")]
-    height = 1.75 * len(groups) + 0.12 * legend + 0.2
-    figure = Figure(figsize=(COLUMN, height), layout="constrained")
-    axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
-    for panel, group in zip(axes, groups, strict=True):
-        first = group.iloc[0]
-        panel.set_title(f"{model_of(first)}, {dataset_of(first)}", loc="left")
-        panel.set_ylabel("weighted F1 (%)")
-        panel.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.5)
-    return figure, list(zip(axes, groups, strict=True))
-
-
-def draw_epochs(cells: pd.DataFrame, epochs: dict[str, pd.DataFrame]) -> Figure:
-    """Weighted F1 by epoch, a line for each corruption, a panel for each model; the band is one standard deviation."""
-    order = cells.sort_values("percent").dropna(subset="f1")
-    figure, axes = panels(order, legend=3)
-    lines = {}
-    for panel, group in axes:
-        for _, cell in group.iterrows():
-            colour, dash, marker = LINES[cell["side"]]
-            of_cell, name = means(cell, epochs), damage_of(cell["side"], cell["percent"])
-            looks = {"color": colour, "alpha": opacity(cell["percent"]) if cell["side"] in ("bottom", "top") else 1}
-            lines[name] = panel.plot(of_cell["mean"], linestyle=dash, marker=marker, markersize=2.2, **looks)[0]
-            if of_cell["std"].notna().any():
-                low, high = of_cell["mean"] - of_cell["std"], of_cell["mean"] + of_cell["std"]
-                panel.fill_between(of_cell.index, low, high, color=colour, alpha=0.15, linewidth=0)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.set_xlabel("epoch")
-    names = sorted(lines, key=lambda name: ["bottom", "top", "undamaged", "100"].index(name.split()[0]))
-    figure.legend([lines[name] for name in names], names, loc="outside lower center", ncols=3)
-    return figure
-
-
-def draw_fraction(cells: pd.DataFrame, name: str) -> Figure:
-    """Weighted F1 against the corrupted part of the layers, one panel for each model; the reference's in thin lines."""
-    figure, axes = panels(cells, legend=2)
-    shown = {}
-    for panel, group in axes:
-        for whose, looks in (("", {}), ("_reference", {"linewidth": 0.7, "markerfacecolor": "none", "alpha": 0.75})):
-            there = group.dropna(subset=f"f1{whose}").sort_values("percent")
-            for side, words in (("none", "undamaged"), ("all", "100 % corrupted")):
-                if not whose and len(level := there.loc[there["side"] == side, "f1"]):
-                    colour, dash, _ = LINES[side]
-                    style = {"color": colour, "linestyle": (0, (4, 2)) if side == "none" else dash, "linewidth": 0.8}
-                    shown[words] = panel.axhline(level.item(), **style)
-            for side in ("bottom", "top"):
-                path = there[there["side"].isin(["none", side, "all"])]
-                if not len(path):
-                    continue
-                colour, dash, marker = LINES[side]
-                style = {"color": colour, "linestyle": dash, "marker": marker, **looks}
-                error = None if whose or path["f1_std"].isna().all() else path["f1_std"].fillna(0)
-                drawn = panel.errorbar(path["percent"], path[f"f1{whose}"], error, elinewidth=0.7, capsize=1.5, **style)
-                shown[f"{side}, {name}" if whose else side] = drawn
-        panel.set_xticks(sorted({0, 100, *group["percent"]}))
-    panel.set_xlabel("corrupted encoder layers (%)")
-    order = ["bottom", "top", "undamaged", "100 % corrupted", f"bottom, {name}", f"top, {name}"]
-    handles = {words: shown[words] for words in order if words in shown}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2 if len(handles) <= 4 else 3)
-    return figure
-
-
-def save(figure: Figure, path: Path) -> Markup:
-    """Write the figure as path.png and path.pdf; returns it as SVG, in the colours of the page."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once, not for each file
-    for kind, options in (("png", {"dpi": 300}), ("pdf", {"metadata": {"CreationDate": None}})):
-        aside = path.with_name(f".partial-{path.name}.{kind}")
-        figure.savefig(aside, facecolor="white", **options)
-        aside.replace(path.with_name(f"{path.name}.{kind}"))
-    drawn = StringIO()
-    figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    svg = drawn.getvalue()
-    svg = svg[svg.index("<svg") :]
-    for colour, variable in THEME.items():
-        svg = svg.replace(colour, variable)
-    return Markup(svg)
-
-
-class Drawing(NamedTuple):
-    """What a figure is drawn from, in a process of its own, and where its files go."""
-
-    table: int
-    dataset: str
-    kind: str  # fraction or epochs
-    cells: pd.DataFrame
-    epochs: dict[str, pd.DataFrame]
-    name: str
-    path: Path
-
-    def draw(self) -> dict:
-        with matplotlib.rc_context(STYLE):
-            by_epoch = self.kind == "epochs"
-            figure = draw_epochs(self.cells, self.epochs) if by_epoch else draw_fraction(self.cells, self.name)
-            svg = save(figure, self.path)
-        dataset = aggregate.DATASETS.get(self.dataset, self.dataset)
-        return {"table": self.table, "dataset": dataset, "kind": self.kind, "stem": self.path.name, "svg": svg}
-
-
-def draw_all(both: pd.DataFrame, epochs: dict[str, pd.DataFrame], name: str, folder: Path) -> list[dict]:
-    """Two figures for each table and data set, as files and for the page."""
-    drawings = []
-    for table, of_table in both.groupby("table"):
-        for dataset in aggregate.in_order(of_table["dataset"], aggregate.DATASETS):
-            cells = of_table[of_table["dataset"] == dataset]
-            its = {run: epochs[run] for runs in cells["runs"].dropna() for run in runs.split()}
-            for kind in ("fraction", "epochs"):
-                path = folder / f"table{table}_{dataset}_{kind}"
-                drawings.append(Drawing(table, dataset, kind, cells, its, name, path))
-    with ProcessPoolExecutor(min(len(drawings), cpu_count(), 8)) as pool:
-        return list(pool.map(Drawing.draw, drawings))
-
-
 def figures_1(output_dir: Path) -> list[dict]:
     """Figure 1 of each model and data set that has one: its picture, four panels in two rows, and its numbers."""
     found = []
@@ -446,9 +270,11 @@ def figures_1(output_dir: Path) -> list[dict]:
         names = dots.drop_duplicates("label").set_index("label")["label_name"].sort_index().to_dict()
         picture = BytesIO()
         figure1.draw(numbers, dots, names, across=2).savefig(picture, format="png")
-        rows = numbers.assign(damage=[damage_of(*of) for of in zip(numbers["side"], numbers["percent"], strict=True)])
+        rows = numbers.assign(
+            damage=[figures.damage_of(*of) for of in zip(numbers["side"], numbers["percent"], strict=True)]
+        )
         first = numbers.iloc[0]
-        title = f"{model_of(first)} on {dataset_of(first)}"
+        title = f"{figures.model_of(first)} on {figures.dataset_of(first)}"
         picture = b64encode(picture.getvalue()).decode()
         found.append({"title": title, "stem": stem, "picture": picture, "rows": rows.to_dict("records")})
     return found
@@ -464,7 +290,7 @@ def doubts(grid: Grid, both: pd.DataFrame) -> dict:
     edge = ours[ours["edge"].eq(True)]
     apart = ours.dropna(subset="difference").sort_values("difference", key=abs, ascending=False)
     return {
-        "collapsed": [{**run, "label": label_of(run)} for run in collapsed.to_dict("records")],
+        "collapsed": [{**run, "label": figures.label_of(run)} for run in collapsed.to_dict("records")],
         "edge": cell_rows(edge),
         "edge_of": int(ours["edge"].notna().sum()),
         "gap": cell_rows(ours.sort_values("gap", ascending=False).head(10)),
@@ -483,7 +309,9 @@ def doubts(grid: Grid, both: pd.DataFrame) -> dict:
 
 
 def cell_rows(cells: pd.DataFrame) -> list[dict]:
-    return [{**cell, "label": label_of(cell), "runs": cell["runs"].split()} for cell in cells.to_dict("records")]
+    return [
+        {**cell, "label": figures.label_of(cell), "runs": cell["runs"].split()} for cell in cells.to_dict("records")
+    ]
 
 
 def tips(both: pd.DataFrame) -> list[dict]:
@@ -549,7 +377,12 @@ def run_rows(grid: Grid) -> list[dict]:
     """Each run, with the command that repeats it; `best` are those that a cell's number is made of."""
     best = set(" ".join(grid.cells["runs"]).split())
     return [
-        {**run, "label": label_of(run), "best": run["run"] in best, "command": grid.results[run["run"]]["command"]}
+        {
+            **run,
+            "label": figures.label_of(run),
+            "best": run["run"] in best,
+            "command": grid.results[run["run"]]["command"],
+        }
         for run in grid.runs.to_dict("records")
     ]
 
@@ -586,8 +419,8 @@ def write(output_dir: Path, against: Path | None) -> Path:
     both = beside(placed, reference, by_variant=against is not None)
     if against and both["difference"].isna().all():
         raise NoReport(f"{output_dir} and {against} have no cell in common: nothing to compare")
-    figures = output_dir / stem.replace("report", "figures")
-    figures.mkdir(exist_ok=True)
+    folder = output_dir / stem.replace("report", "figures")
+    folder.mkdir(exist_ok=True)
     left = what_is_left(both)
     page = render(
         name=name,
@@ -599,8 +432,8 @@ def write(output_dir: Path, against: Path | None) -> Path:
         left=[(table, by_degree(rows)) for table, rows in left.groupby("table")],
         degrees=left[["percent", "side"]].drop_duplicates().sort_values(["percent", "side"]).to_dict("records"),
         headline=headline(left, name),
-        figures=draw_all(both, grid.epochs, name, figures),
-        folder=figures.name,
+        figures=figures.draw_all(both, grid.epochs, name, folder),
+        folder=folder.name,
         figures_1=figures_1(output_dir),
         doubts=doubts(grid, both),
         tips=tips(both),

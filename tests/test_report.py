@@ -16,6 +16,7 @@ from matplotlib.image import imread
 from playwright.sync_api import Browser, Page
 
 import aggregate
+import figures
 import grid
 import report
 import settings
@@ -219,7 +220,7 @@ def test_the_band_over_seeds() -> None:
     epochs = {
         run: pd.DataFrame({"epoch": [1, 2], "weighted_f1": f1}) for run, f1 in (("a", [0.5, 0.6]), ("b", [0.7, 0.6]))
     }
-    (panel,) = report.draw_epochs(pd.DataFrame([cell]), epochs).axes
+    (panel,) = figures.draw_epochs(pd.DataFrame([cell]), epochs).axes
     assert panel.lines[0].get_xydata().tolist() == pytest.approx(np.array([[1, 60], [2, 60]]))
     band = panel.collections[0].get_paths()[0].vertices
     at_1 = sorted(set(np.round(band[band[:, 0] == 1, 1], 6)))
