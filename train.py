@@ -475,7 +475,7 @@ def do(flags: list[str], asked: dict, wait: bool, *more: str) -> tuple[str, str]
     where = f"python train.py {shlex.join(flags)}"
     try:
         with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # the console is the grid's
-            run = settings.plan(flags, ("--disable_tqdm", "True", *more), asked["dataset"])
+            run = settings.plan(flags, ("--disable_tqdm", "True", *more), asked.get("dataset"))
             if differ := [name for name, value in asked.items() if run.settings.get(name) != value]:
                 raise settings.RunError(
                     f"{', '.join(differ)} differ from what they were when the grid began: start it again"
