@@ -1,0 +1,66 @@
+"""What every script needs: files that appear whole, digests, errors in one line, the set-up of a parser."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from hashlib import file_digest
+from pathlib import Path
+from uuid import uuid4
+
+from filelock import FileLock
+
+
+class InputError(ValueError):
+    """What was asked for is wrong or cannot be had. The message says what is wrong, what is allowed, what to do."""
+
+
+class RunError(RuntimeError):
+    """A run that did not end well; `failure.json` in its folder has the reason."""
+
+
+USER_ERRORS = (InputError, RunError, OSError)  # told in one line, with exit code 2
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message in one line; the error's class where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` at the end: the file appears whole or not at all."""
+    aside = path.with_name(f".partial-{uuid4().hex}-{path.name}")  # others may be writing the same
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def file_lock(path: Path) -> FileLock:
+    """A lock that the system takes from a process that dies. Where the file system has none, acquiring it fails."""
+    return FileLock(path, fallback_to_soft=False)
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with the first two paragraphs of a script's docstring: what it does, and examples."""
+    return argparse.ArgumentParser(
+        description="\n\n".join(doc.split("\n\n")[:2]),
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def fraction(text: str) -> Fraction:
+    """A part of the layers for argparse: 0.5 or 1/3."""
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text} is not a part of the layers: give one such as 0.5 or 1/3") from None

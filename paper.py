@@ -1,0 +1,175 @@
+"""What the paper says (arXiv 2406.14459), as data: models, data sets, tables, presets, claims and published numbers.
+
+A new model, table, preset or claim is an entry here and nowhere else. The other scripts read these.
+"""
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import pandas as pd
+
+PUBLISHED = Path(__file__).parent / "paper"  # the paper's tables as CSV
+
+
+@dataclass(frozen=True)
+class Model:
+    """An encoder: its name in the tables, its other hub name, and its shape (keys of the library's configuration)."""
+
+    title: str
+    hub_name: str | None  # the hub's name today, where it differs from the name here
+    shape: dict | None = None  # None: read it from the model's own config.json
+
+
+BERT = {"model_type": "bert", "vocab_size": 30_522}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+# The order of both dictionaries is that of the tables. What is not in them follows under its own name.
+MODELS = {
+    "bert-base-uncased": Model("Base", "google-bert/bert-base-uncased", {**BERT, "num_hidden_layers": 12}),
+    "bert-large-uncased": Model("Large", "google-bert/bert-large-uncased", {**BERT, **LARGE}),
+    "distilbert-base-uncased": Model(
+        "Distil", "distilbert/distilbert-base-uncased", {"model_type": "distilbert", "vocab_size": 30_522}
+    ),
+    "minilm": Model("MiniLM", None),
+}
+LAYERS = {"bert-base-uncased": 12, "bert-large-uncased": 24, "distilbert-base-uncased": 6}
+DATASETS = {
+    "sst2": "SST-2",
+    "imdb": "IMDB",
+    "ag_news": "AG News",
+    "emotion": "Emotion",
+    "dbpedia": "DBPedia",
+    "tfnt": "TFNT",
+    "mrpc": "MRPC",
+    "rte": "RTE",
+    "rotten_tomatoes": "Rotten Tomatoes",
+    "bbc_news": "BBC News",
+}
+
+
+def model_name(name: str) -> str:
+    """The model's name here, if `name` is either of its two hub names; else `name`."""
+    return next((ours for ours, model in MODELS.items() if name == model.hub_name), name)
+
+
+def model_title(name: str) -> str:
+    return MODELS[name].title if name in MODELS else name
+
+
+def dataset_title(name: str) -> str:
+    return DATASETS.get(name, name)
+
+
+# ---- Tables ----
+
+
+@dataclass(frozen=True)
+class Table:
+    """Which cells a table holds. Its number is its key in TABLES."""
+
+    caption: str  # follows "weighted F1 in percent"
+    pooling: str
+    tuning: str
+    datasets: tuple[str, ...] | None = None  # None: all that no other table of this pooling and tuning names
+    published: bool = True  # the paper has such a table: PUBLISHED / table<number>.csv
+
+
+TABLES = {
+    "1": Table("after fine-tuning", "cls", "full"),
+    "3": Table("with the mean token", "mean", "full"),
+    "4": Table("of the linear probe", "cls", "probe"),
+    "5": Table("on sentence pairs", "cls", "full", ("mrpc", "rte")),
+}
+
+
+def table_of(pooling: str, tuning: str, dataset: str) -> str | None:
+    """The number of the table that such a cell belongs to; None if there is none."""
+    kind = {number: table for number, table in TABLES.items() if (table.pooling, table.tuning) == (pooling, tuning)}
+    named = [number for number, table in kind.items() if table.datasets and dataset in table.datasets]
+    return next(iter([*named, *(number for number, table in kind.items() if table.datasets is None)]), None)
+
+
+def published_cells() -> pd.DataFrame:
+    """The paper's 320 cells: table, model, side, percent, dataset, f1 (percent), layers (corrupted ones), collapsed.
+
+    `collapsed` marks the outliers of section 4.4. `variant` is empty: the paper has one number for each cell.
+    """
+    place = ["table", "model", "percent", "side", "dataset"]
+    numbers = [number for number, table in TABLES.items() if table.published]
+    cells = pd.concat([pd.read_csv(PUBLISHED / f"table{number}.csv").assign(table=number) for number in numbers])
+    outliers = pd.read_csv(PUBLISHED / "outliers.csv", dtype={"table": str})[place]
+    cells = cells.merge(outliers, how="left", on=place, indicator="collapsed")
+    cells["model"] = cells["model"].map({MODELS[name].title.lower(): name for name in LAYERS})
+    cells["dataset"] = cells["dataset"].map({title: name for name, title in DATASETS.items()})
+    cells["layers"] = (cells["percent"] / 100 * cells["model"].map(LAYERS)).astype(int)
+    return cells.assign(variant="", collapsed=cells["collapsed"] == "both", percent=cells["percent"].astype(float))
+
+
+# ---- Claims (section 4.2) ----
+
+
+@dataclass(frozen=True)
+class Claim:
+    short: str
+    sentence: str
+    needs: str  # what a comparison takes
+
+
+CLAIMS = (
+    Claim(
+        "corrupted < uncorrupted",
+        "A corrupted model does not fully recover",
+        "an uncorrupted and a corrupted model",
+    ),
+    Claim(
+        "more corruption, lower F1",
+        "The more layers are corrupted, the lower the F1",
+        "two degrees of corruption",
+    ),
+    Claim(
+        "bottom < top",
+        "Corrupting the bottom hurts more than corrupting the top",
+        "bottom and top at the same degree",
+    ),
+)
+
+
+# ---- Presets: which runs a table needs ----
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Cells: every model, data set and corruption, at every learning rate and seed. `grid.py` has a flag for each axis."""
+
+    dataset: tuple[str, ...]
+    pooling: str = "cls"
+    tuning: str = "full"
+    model: tuple[str, ...] = tuple(LAYERS)
+    corrupt: tuple[str, ...] = ("none", "bottom", "top", "all")
+    frac: tuple[Fraction, ...] = tuple(Fraction(k, 4) for k in range(5))  # where it is a whole number of layers
+    learning_rate: tuple[float, ...] = (1e-5, 2e-5, 5e-5)
+    seed: tuple[int, ...] = (0,)
+    num_train_epochs: float = 10
+    save_vectors: bool = False
+
+
+TABLE_1 = Sweep(("sst2", "imdb", "ag_news", "emotion", "dbpedia", "tfnt"))
+TABLE_3 = replace(TABLE_1, pooling="mean")
+TABLE_4 = Sweep(("ag_news", "dbpedia"), tuning="probe")
+TABLE_5 = Sweep(("mrpc", "rte"))
+FIGURE_1 = Sweep(
+    ("ag_news",), model=("bert-base-uncased",), frac=(Fraction(0), Fraction(1, 4), Fraction(1)), save_vectors=True
+)
+# Learning rates for runs of 76 and 10 steps, and of 50 for the head alone: high.
+DEMO = Sweep(("rotten_tomatoes",), model=("minilm",), learning_rate=(8e-5,), num_train_epochs=2)
+DEMO_BBC = replace(DEMO, dataset=("bbc_news",), learning_rate=(2e-4,), save_vectors=True)
+DEMO_PROBE = Sweep(("bbc_news",), tuning="probe", model=("minilm",), learning_rate=(1e-2,))
+PRESETS = {
+    "demo": (DEMO, DEMO_BBC, DEMO_PROBE),
+    "table1": (TABLE_1,),
+    "table3": (TABLE_3,),
+    "table4": (TABLE_4,),
+    "table5": (TABLE_5,),
+    "figure1": (FIGURE_1,),
+    "paper": (FIGURE_1, TABLE_1, TABLE_3, TABLE_4, TABLE_5),  # Figure 1's runs are among Table 1's
+}
