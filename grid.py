@@ -1,14 +1,14 @@
-"""Do every run that a table needs, side by side in processes that stay alive; skip what is already there.
+"""Do every run that a table needs, side by side, each in a process of its own; skip what is there already.
 
     python grid.py --preset paper --dry_run                      # list the 960 runs, and what they cost on this machine
     python grid.py --preset demo
     python grid.py --preset table1 --model bert-base-uncased --dataset sst2 imdb      # two columns of Table 1's Base
-    python grid.py --preset table1 --model minilm --percent 0 50 100 --seed 0 1 2     # another model in their place
+    python grid.py --preset table1 --model minilm --frac 0 0.5 1 --seed 0 1 2         # another model in their place
     python grid.py --preset demo --num_train_epochs 10           # any other flag goes to every run
 
---model, --dataset, --corrupt, --percent, --learning_rate and --seed take the place of the preset's own. Data sets that
-are missing are prepared first, as data_prep.py does. A run that fails leaves its reason in `failure.json` and does not
-stop the others; the grid then ends with exit code 1 and names it. The same command once more does what is missing.
+--model, --dataset, --corrupt, --frac, --learning_rate and --seed take the place of the preset's own. Data sets that are
+missing are prepared first, as data_prep.py does. A run that fails leaves its reason in `failure.json` and does not stop
+the others; the grid then ends with exit code 1 and names it. The same command once more does what is missing.
 """
 
 import argparse
@@ -17,257 +17,34 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from functools import partial
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
-import psutil
-import torch
+import config
+import paper
+from common import USER_ERRORS, InputError, fail, fraction, make_parser
 
-import corrupt
-import cost
-import data_prep
-import progress
-import settings
-import train
-import unfinished
-import workers
-
-CLASSIFICATION = ("sst2", "imdb", "ag_news", "emotion", "dbpedia", "tfnt")
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Some cells of the paper's tables: every model, data set and damage, at every learning rate and seed."""
-
-    dataset: tuple[str, ...]
-    pooling: str = "cls"
-    tuning: str = "full"
-    model: tuple[str, ...] = ("bert-base-uncased", "bert-large-uncased", "distilbert-base-uncased")
-    percent: tuple[Fraction, ...] = (0, 25, 50, 75, 100)  # those that are a whole number of the model's layers
-    corrupt: tuple[str, ...] = ("none", "bottom", "top", "all")
-    learning_rate: tuple[str, ...] = ("1e-5", "2e-5", "5e-5")
-    seed: tuple[str, ...] = ("0",)
-    more: tuple[str, ...] = ("--num_train_epochs", "10")
-
-
-TABLE_1 = Cells(CLASSIFICATION)
-TABLE_3 = Cells(CLASSIFICATION, pooling="mean")
-TABLE_4 = Cells(("ag_news", "dbpedia"), tuning="probe")
-TABLE_5 = Cells(("mrpc", "rte"))
-SAVE = "--save_vectors"
-FIGURE_1 = replace(
-    TABLE_1, dataset=("ag_news",), model=("bert-base-uncased",), percent=(0, 25, 100), more=(*TABLE_1.more, SAVE)
-)
-# learning rates for runs of 76 and 10 steps, and of 50 for the head alone: high
-DEMO = Cells(("rotten_tomatoes",), model=("minilm",), learning_rate=("8e-5",), more=("--num_train_epochs", "2"))
-BBC_NEWS = replace(DEMO, dataset=("bbc_news",), learning_rate=("2e-4",), more=(*DEMO.more, SAVE))
-BBC_PROBE = replace(DEMO, dataset=("bbc_news",), tuning="probe", learning_rate=("1e-2",), more=TABLE_1.more)
-PRESETS = {
-    "demo": (DEMO, BBC_NEWS, BBC_PROBE),
-    "table1": (TABLE_1,),
-    "table3": (TABLE_3,),
-    "table4": (TABLE_4,),
-    "table5": (TABLE_5,),
-    "figure1": (FIGURE_1,),
-    "paper": (FIGURE_1, TABLE_1, TABLE_3, TABLE_4, TABLE_5),  # Figure 1's runs are among Table 1's
-}
-AXES = {
-    "model": "minilm, local folders, or hub ids",
-    "dataset": data_prep.HELP,
-    "corrupt": "which sides; none is 0 %%, all is 100 %%",
-    "percent": "of the encoder layers (default: 0 25 50 75 100, where that is a whole number of layers)",
-    "learning_rate": "a cell is the best of them",
-    "seed": "one run for each (default: 0)",
+AXES = {  # name: type, help
+    "model": (str, "minilm, local folders, or hub ids"),
+    "dataset": (str, "known sets, or folders of your own (docs/data.md)"),
+    "corrupt": (str, "which sides; none is 0 %%, all is 100 %%"),
+    "frac": (
+        fraction,
+        "parts of the encoder layers (default: 0 1/4 1/2 3/4 1, where that is a whole number of layers)",
+    ),
+    "learning_rate": (float, "a cell is the best of them"),
+    "seed": (int, "one run for each (default: 0)"),
 }
 
 
-def damages(cells: Cells, layers: int) -> list[list[str]]:
-    """The flags of each damage of a model with so many layers, 0 % first."""
-    flags = []
-    for percent in cells.percent:
-        frac = Fraction(percent) / 100
-        sides = {0: ("none",), 1: ("all",)}.get(frac, ("bottom", "top"))
-        for side in sides if (frac * layers).denominator == 1 else ():
-            if side in cells.corrupt:
-                flags.append(["--corrupt", {"all": "bottom"}.get(side, side), "--frac", str(frac)] if frac else [])
-    return flags
-
-
-def jobs(preset: tuple[Cells, ...], axes: dict[str, tuple]) -> list[list[str]]:
-    """The flags of every run of a preset, once each; `axes` take the place of the preset's own.
-
-    Raises RunError if there is none.
-    """
-    found: dict[tuple[str, ...], list[str]] = {}
-    for cells in preset:
-        cells = replace(cells, **axes)
-        kind = [("--pooling", cells.pooling), ("--tuning", cells.tuning)]
-        kind = [word for flag, value in kind if value not in ("cls", "full") for word in (flag, value)]
-        for model in cells.model:
-            for dataset in cells.dataset:
-                for damage in damages(cells, cost.config_of(model).num_hidden_layers):
-                    for rate in cells.learning_rate:
-                        for seed in cells.seed:
-                            flags = ["--model", model, *damage, "--dataset", dataset, *kind, "--learning_rate", rate]
-                            flags += cells.more if seed == "0" else (*cells.more, "--seed", seed)
-                            found.setdefault(tuple(word for word in flags if word != SAVE), flags)
-    if not found:
-        raise settings.RunError(
-            "no cell is left: a --percent must be a whole number of layers, a --corrupt belong to it"
-        )
-    return list(found.values())
-
-
-# ---- List them ----
-
-
-def is_there(flags: list[str]) -> bool:
-    """Whether the run's result is there; never prepares a data set, without which no result can be."""
-    args, _ = settings.parse(flags)
-    prepared = data_prep.up_to_date(args.dataset, args.data_dir)
-    return prepared is not None and settings.result_of(settings.plan(flags)) is not None
-
-
-def dry_run(flag_lists: list[list[str]], at_work: workers.Staff) -> None:
-    """List the runs, each as the command that does it alone, and what those that are missing will cost."""
-    missing, absent = [], {}
-    for flags in flag_lists:
-        args, _ = settings.parse(flags)
-        if not data_prep.up_to_date(args.dataset, args.data_dir):
-            absent[args.dataset] = "not prepared: its tokens are at most those counted"
-        done = False
-        if args.model not in absent:
-            try:
-                done = is_there(flags)
-            except corrupt.ModelError:
-                absent[args.model] = "not on this machine yet"
-        if not done:
-            missing.append(flags)
-        print(f"{'done   ' if done else 'missing'} python train.py {shlex.join(flags)}")
-    for name, how in absent.items():
-        print(f"{name} is {how}")
-    print(f"{len(flag_lists)} runs: {len(flag_lists) - len(missing)} are there, {len(missing)} to do")
-    if missing:
-        print(cost.prediction(by_cell(missing), at_work))
-
-
-# ---- Do them ----
-
-
-def by_cell(flag_lists: list[list[str]]) -> list[list[list[str]]]:
-    """Runs that differ in their learning rate alone together: one worker does them, and loads model and rows once."""
-    cells: dict[tuple[str, ...], list[list[str]]] = {}
-    for flags in flag_lists:
-        rate = flags.index("--learning_rate") + 1
-        cells.setdefault((*flags[:rate], *flags[rate + 1 :]), []).append(flags)
-    return sorted(cells.values(), key=cost.roughly, reverse=True)  # lest a long one begins last
-
-
-def staff(flag_lists: list[list[str]], jobs: int | None, runs_per_gpu: int | None) -> workers.Staff:
-    """As many workers as processor cores, or `runs_per_gpu` on each GPU, but no more than there is memory for.
-
-    `flag_lists` are all runs that were asked for, those that are there too: the threads change a result's last digits
-    and must not depend on what is missing.
-    """
-    cores, count = torch.get_num_threads(), torch.cuda.device_count()
-    gpus = tuple(os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")) if count else ()
-    if runs_per_gpu and not gpus:
-        raise settings.RunError("--runs_per_gpu needs a GPU, and there is none: leave it out")
-    processes = jobs or (len(gpus) * (runs_per_gpu or 1) if gpus else cores)
-    room = max(1, int(psutil.virtual_memory().total / max(map(cost.memory, flag_lists))))
-    if processes > room:
-        print(f"{processes} workers need more memory than there is: {room} at a time", file=sys.stderr)
-    processes = min(processes, room)
-    return workers.Staff(processes, max(1, cores // processes), gpus)
-
-
-def plan(flag_lists: list[list[str]]) -> tuple[list[settings.Run], list[str], int]:
-    """The runs that are missing, a line for each that cannot be started, and how many there are in all.
-
-    Raises ModelError, DataError or RunError if not one can be started.
-    """
-    runs, failures, planned = [], [], set()
-    lost: dict[str, Exception] = {}  # models and data sets that cannot be had, asked for once: a silent hub takes time
-    for flags in flag_lists:
-        args, _ = settings.parse(flags)
-        try:
-            if reason := lost.get(args.model) or lost.get(args.dataset):
-                raise reason
-            run = settings.plan(flags)
-            if run.unfinished.exists():
-                unfinished.sweep(run)
-            if run.folder not in planned and settings.result_of(run) is None:
-                runs.append(run)
-            planned.add(run.folder)  # flags that go to every run can make two of them one
-        except settings.BAD_INPUT as error:
-            if isinstance(error, data_prep.DataError):
-                lost[args.dataset] = error
-            elif isinstance(error, corrupt.ModelNotFound):
-                lost[args.model] = error
-            failures.append(f"python train.py {shlex.join(flags)}: {error}")
-            if len(failures) == len(flag_lists):
-                raise
-    return runs, failures, len(planned) + len(failures)
-
-
-def do_runs(
-    flag_lists: list[list[str]], team: Callable[[], workers.Here | workers.OnRay], keep_features: bool = False
-) -> list[str]:
-    """Do the runs that are missing; returns a line for each that failed."""
-    runs, failures, total = plan(flag_lists)
-    args, training_args = settings.parse(flag_lists[0])
-    data_prep.write_table2(args.data_dir, training_args.output_dir)
-    print(f"{total} runs: {total - len(runs) - len(failures)} are there, {len(runs)} to do", flush=True)
-    if not runs:
-        return failures
-    try:
-        with team() as at_work:
-            failures += work_through(runs, at_work)
-    finally:
-        for run in runs:
-            unfinished.sweep(run)
-    output_dir = Path(training_args.output_dir)
-    other_grids = any(output_dir.glob("unfinished/*.lock"))  # they may be reading the features
-    if not keep_features and not other_grids and any(run.args.tuning == "probe" for run in runs):
-        shutil.rmtree(output_dir / "features", ignore_errors=True)
-    return failures
-
-
-def work_through(runs: list[settings.Run], team: workers.Here | workers.OnRay) -> list[str]:
-    """Do the runs, those last that another process is at; returns a line for each that failed."""
-    by_flags = {tuple(run.flags): run for run in runs}
-    flag_lists = by_cell([run.flags for run in runs])
-    cells = [[by_flags[tuple(flags)] for flags in cell] for cell in flag_lists]
-    costs = [cost.roughly(cell) / len(cell) for cell in flag_lists for _ in cell]
-    failures, busy = [], []
-    with progress.Display([run for cell in cells for run in cell], costs, str(team)) as display:
-        for blocking in (False, True):
-            for run, state, line in team.work(cells, blocking):
-                if state == "busy":
-                    busy.append([run])
-                    continue
-                display.ended_as(run, state, line)
-                failures += [line] if state == "failed" else []
-            cells = busy
-    return failures
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="\n\n".join(__doc__.split("\n\n")[:2]),  # what it does, and examples
-        usage=argparse.SUPPRESS,  # so that an error is one line
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any other flag goes to every run: see python train.py --help_all.",
-    )
-    parser.add_argument("--preset", choices=PRESETS, default="demo", help="which runs (default: %(default)s)")
+def parse() -> tuple[argparse.Namespace, dict, dict]:
+    """How the grid is done, the axes that are given, and the fields that every run gets."""
+    parser = make_parser(__doc__)
+    parser.epilog = "Any other flag goes to every run: see python train.py --help_all."
+    parser.add_argument("--preset", choices=paper.PRESETS, default="demo", help="which runs (default: %(default)s)")
     axes = parser.add_argument_group("instead of the preset's own, one or more each")
-    for name, text in AXES.items():
-        kind = Fraction if name == "percent" else str
+    for name, (kind, text) in AXES.items():
         sides = ("none", "bottom", "top", "all") if name == "corrupt" else None
         axes.add_argument(f"--{name}", nargs="+", type=kind, choices=sides, default=argparse.SUPPRESS, help=text)
     how = parser.add_argument_group("how they are done")
@@ -277,48 +54,227 @@ def main() -> None:
     how.add_argument("--executor", choices=("local", "ray"), default="local", help=where)
     how.add_argument("--dry_run", action="store_true", help="list the runs and what they cost, and do none")
     how.add_argument("--keep_features", action="store_true", help="keep the probes' encoder outputs on disk")
-    try:
-        args, shared = parser.parse_known_args()
-    except ZeroDivisionError:
-        parser.error("--percent divides by zero: give a percentage of the layers, such as 50 or 100/3")
+    args, others = parser.parse_known_args([config.with_underscores(word) for word in sys.argv[1:]])
     for name in ("jobs", "runs_per_gpu"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is no number of processes: give 1 or more")
+            parser.error(f"--{name} {getattr(args, name)} is not a number of processes: give 1 or more")
     if args.jobs and args.runs_per_gpu:
         parser.error("--jobs and --runs_per_gpu both say how many: give one of them")
     if args.executor == "ray" and (args.jobs or args.dry_run):
         parser.error("--jobs and --dry_run are for this machine: leave them or --executor ray out")
-    train.quieten()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
+    shared = config.parse_flags(config.run_parser(__doc__), others)
     given = {name: tuple(getattr(args, name)) for name in AXES if name in args}
     try:
-        flag_lists = [[*flags, *shared] for flags in jobs(PRESETS[args.preset], given)]
-        run_args, training_args = settings.parse(flag_lists[0])
-        datasets = dict.fromkeys(flags[flags.index("--dataset") + 1] for flags in flag_lists)
-        data_prep.check_names(datasets, run_args.data_dir)
-        for dataset in datasets:
-            cost.rows(dataset, run_args.data_dir)  # reads a user's own: what is wrong with it is told before any run
-        if args.dry_run:
-            dry_run(flag_lists, staff(flag_lists, args.jobs, args.runs_per_gpu))
-            return
-        if args.executor == "ray":
-            where = (training_args.output_dir, run_args.data_dir)
-            team = partial(workers.OnRay, *where, args.runs_per_gpu or 1, cost.memory)
-        else:
-            team = partial(workers.Here, staff(flag_lists, args.jobs, args.runs_per_gpu))
-        failures = do_runs(flag_lists, team, args.keep_features)
-    except settings.BAD_INPUT as error:
+        config.RunConfig(**shared)
+    except InputError as error:
         parser.error(str(error))
-    except BrokenProcessPool:
-        print("a worker was killed, perhaps for want of memory: with --jobs 1 it needs less", file=sys.stderr)
-        sys.exit(1)
+    return args, given, shared
+
+
+if __name__ == "__main__":
+    parse()  # help and wrong flags are told before torch is imported
+
+import psutil
+import torch
+
+import cost
+import data_prep
+import executors
+import progress
+import run_dir
+from config import Run, RunConfig
+
+# ---- Which runs ----
+
+
+def corruptions(sweep: paper.Sweep, layers: int) -> list[dict]:
+    """The corruptions of a model with so many layers, 0 % first: fields of RunConfig. Says which parts do not fit."""
+    chosen = []
+    for frac in sweep.frac:
+        if (frac * layers).denominator > 1:
+            continue
+        sides = {0: ("none",), 1: ("all",)}.get(frac, ("bottom", "top"))
+        for side in (side for side in sides if side in sweep.corrupt):
+            chosen.append({"corrupt": {"all": "bottom"}.get(side, side), "frac": frac} if frac else {})
+    return chosen
+
+
+def expand(preset: tuple[paper.Sweep, ...], axes: dict[str, tuple], shared: dict | None = None) -> list[RunConfig]:
+    """Every run of a preset, once each. `axes` take the place of the preset's own; every run gets the fields `shared`.
+
+    Raises InputError if there is none.
+    """
+    runs: dict[RunConfig, RunConfig] = {}
+    for sweep in preset:
+        sweep = replace(sweep, **axes)
+        fixed = {name: getattr(sweep, name) for name in ("pooling", "tuning", "num_train_epochs", "save_vectors")}
+        for model in sweep.model:
+            for dataset in sweep.dataset:
+                for corruption in corruptions(sweep, cost.shape_of(model).num_hidden_layers):
+                    for rate in sweep.learning_rate:
+                        for seed in sweep.seed:
+                            cell = {"model": model, "dataset": dataset, "learning_rate": rate, "seed": seed}
+                            run = RunConfig(**fixed | cell | corruption | (shared or {}))
+                            runs.setdefault(str(replace(run, save_vectors=False)), run)
+    if not runs:
+        raise InputError("no cell is left: a --frac must be a whole number of layers, a --corrupt belong to it")
+    return list(runs.values())
+
+
+def worker_layout(runs: list[RunConfig], jobs: int | None, runs_per_gpu: int | None) -> executors.WorkerLayout:
+    """One process a core, or `runs_per_gpu` on each GPU, but no more than there is memory for.
+
+    `runs` are all that were asked for, those that are there too: the threads change a result's last digits and must not
+    depend on what is missing.
+    """
+    cores, count = torch.get_num_threads(), torch.cuda.device_count()
+    gpus = tuple(os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")) if count else ()
+    if runs_per_gpu and not gpus:
+        raise InputError("--runs_per_gpu needs a GPU, and there is none: leave it out")
+    wanted = jobs or (len(gpus) * (runs_per_gpu or 1) if gpus else cores)
+    room = max(1, int(psutil.virtual_memory().total / max(map(cost.memory, runs))))
+    if wanted > room:
+        print(f"{wanted} processes need more memory than there is: {room} at a time", file=sys.stderr)
+    processes = min(wanted, room)
+    return executors.WorkerLayout(processes, max(1, cores // processes), gpus)
+
+
+# ---- What is missing ----
+
+
+def find_run(wanted: RunConfig) -> Run | None:
+    """The run, if its result is there; never prepares a data set, without which there is no result."""
+    run = config.resolve_run(wanted, prepare=False)
+    return run if run and run_dir.load_valid_result(run, digests=False) else None
+
+
+def list_runs(runs: list[RunConfig], layout: executors.WorkerLayout) -> None:
+    """The dry run: each run as the command that does it alone, and what those that are missing will cost."""
+    missing, notes = [], {}
+    for run in runs:
+        if not data_prep.up_to_date(run.dataset, run.data_dir):
+            notes[run.dataset] = "not prepared: its tokens are at most those counted"
+        done = None
+        if run.model not in notes:
+            try:
+                done = find_run(run)
+            except InputError:
+                notes[run.model] = "not on this machine yet"
+        if not done:
+            missing.append(run)
+        print(f"{'done   ' if done else 'missing'} python train.py {shlex.join(run.flags())}")
+    for name, note in notes.items():
+        print(f"{name} is {note}")
+    print(f"{len(runs)} runs: {len(runs) - len(missing)} are there, {len(missing)} to do")
+    if missing:
+        print(f"{cost.predict(missing, layout.processes, layout.threads)} with {layout}")
+
+
+def find_missing(runs: list[RunConfig]) -> tuple[list[Run], list[str], int]:
+    """The runs to do, a line for each that cannot be started, and how many there are in all.
+
+    Prepares data sets that are missing. Raises InputError if not one run can be started.
+    """
+    missing, failures, names = [], [], set()
+    lost: dict[str, InputError] = {}  # data sets that cannot be had: asked for once, a silent hub takes time
+    for wanted in runs:
+        try:
+            if wanted.dataset in lost:
+                raise lost[wanted.dataset]
+            run = find_run(wanted)
+            if run is None:
+                import train  # here, and not at the top: it takes two seconds, for nothing if nothing is missing
+
+                train.check(wanted)
+                try:
+                    run = config.resolve_run(wanted)
+                except InputError as error:
+                    lost[wanted.dataset] = error
+                    raise
+                run_dir.clean_stale(run)
+                if run.name not in names:
+                    missing.append(run)
+            names.add(run.name)  # flags that go to every run can make two of them one
+        except InputError as error:
+            failures.append(f"python train.py {shlex.join(wanted.flags())}: {error}")
+            if len(failures) == len(runs):
+                raise
+    return missing, failures, len(names) + len(failures)
+
+
+# ---- Do them ----
+
+
+def dispatch(runs: list[Run], pool: executors.LocalPool | executors.RayPool) -> list[str]:
+    """Do the runs, those last that another process does; returns a line for each that failed."""
+    costs = {run.name: cost.relative_cost(run.config) for run in runs}
+    if any(run.config.tuning == "probe" for run in runs):  # the first run of a probe reads the rows for the others
+        seen = set()
+        for run in runs:
+            cell = str(replace(run.config, learning_rate=0.0))
+            costs[run.name] /= 10 if cell in seen and run.config.tuning == "probe" else 1
+            seen.add(cell)
+    ordered = sorted(runs, key=lambda run: costs[run.name], reverse=True)  # a long one that begins last would end last
+    failures, busy = [], []
+    with progress.Display(ordered, [costs[run.name] for run in ordered], str(pool)) as display:
+        for todo, wait_for_others in ((ordered, False), (busy, True)):
+            for run, state, line in pool.run_all(todo, wait_for_others):
+                if state == "busy":
+                    busy.append(run)
+                    continue
+                display.add_outcome(run, state, line)
+                failures += [line] if state == "failed" else []
+    return failures
+
+
+def main() -> None:
+    args, axes, shared = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
+    base = RunConfig(**shared)
+    try:
+        runs = expand(paper.PRESETS[args.preset], axes, shared)
+        data_prep.check_names(dict.fromkeys(run.dataset for run in runs), base.data_dir)
+        for run in runs:
+            cost.count_rows(run.dataset, base.data_dir)  # reads a user's own: what is wrong with it is told first
+        if args.executor == "local":
+            layout = worker_layout(runs, args.jobs, args.runs_per_gpu)
+        if args.dry_run:
+            return list_runs(runs, layout)
+        missing, failures, total = find_missing(runs)
+        data_prep.write_table2(base.data_dir, base.output_dir)
+        there = total - len(missing) - len(failures)
+        print(f"{total} runs: {there} are there, {len(missing)} to do", flush=True)
+        if missing:
+            failures += run_missing(missing, args, layout if args.executor == "local" else None)
+    except USER_ERRORS as error:
+        fail(error)
     except KeyboardInterrupt:
-        kept = "from their last epochs" if "--resume" in shared else "from the beginning (--resume keeps their epochs)"
+        kept = "from their last epochs" if base.resume else "from the beginning (--resume keeps their epochs)"
         print(f"interrupted: the same command goes on; runs that were cut off start {kept}", file=sys.stderr)
         sys.exit(130)
     if failures:
-        print(f"{len(failures)} of {len(flag_lists)} runs failed:", *failures, sep="\n  ", file=sys.stderr)
+        print(f"{len(failures)} of {len(runs)} runs failed:", *failures, sep="\n  ", file=sys.stderr)
         sys.exit(1)
+
+
+def run_missing(missing: list[Run], args: argparse.Namespace, layout: executors.WorkerLayout | None) -> list[str]:
+    """Do the runs, here or on a cluster, and clean up; returns a line for each that failed."""
+    base = missing[0].config
+    if layout:
+        pool = executors.LocalPool(layout)
+    else:
+        pool = executors.RayPool(base.output_dir, base.data_dir, args.runs_per_gpu or 1, cost.memory)
+    try:
+        with closing(pool):
+            failures = dispatch(missing, pool)
+    finally:
+        for run in missing:
+            run_dir.clean_stale(run)
+    output_dir = Path(base.output_dir)
+    other_grids = any(output_dir.glob("unfinished/*.lock"))  # they may be reading the features
+    if not args.keep_features and not other_grids:
+        shutil.rmtree(output_dir / "features", ignore_errors=True)
+    return failures
 
 
 if __name__ == "__main__":

@@ -52,6 +52,12 @@ def model_name(name: str) -> str:
     return next((ours for ours, model in MODELS.items() if name == model.hub_name), name)
 
 
+def hub_names(name: str) -> tuple[str, ...]:
+    """The names under which the hub, or its cache, may have a model: `name` first."""
+    ours = model_name(name)
+    return tuple(dict.fromkeys([name, *([ours, MODELS[ours].hub_name] if ours in MODELS else [])]))
+
+
 def model_title(name: str) -> str:
     return MODELS[name].title if name in MODELS else name
 
@@ -139,7 +145,7 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Sweep:
-    """Cells: every model, data set and corruption, at every learning rate and seed. `grid.py` has a flag for each axis."""
+    """Every model, data set and corruption, at every learning rate and seed; grid.py has flags for these axes."""
 
     dataset: tuple[str, ...]
     pooling: str = "cls"

@@ -1,19 +1,19 @@
-"""Write outputs/report.html, one page that shows what healed, and its figures as files to put into a paper.
+"""Write outputs/report.html, one page that shows what recovered, and its figures as files to put into a paper.
 
     python report.py                                  # after python aggregate.py
-    python report.py --output_dir outputs --against other_outputs      # two grids, side by side
+    python report.py --output_dir outputs --compare_to other_outputs      # two output folders, side by side
 
 The page needs nothing but itself: the claims and how often they hold, the tables as heat maps beside the paper's, F1
 against the corrupted fraction, F1 by epoch, Figure 1, what is doubtful, and each run with the command that repeats it.
-Each figure is also in outputs/figures, as PNG and PDF, 3.3 inches wide as a column is. Everything is read from the CSVs
-that aggregate.py wrote and from the runs' folders; a number that these do not agree on is refused.
+Each figure is also in outputs/figures, as PNG and PDF, 3.3 inches wide as a column is; Figure 1 is drawn as plots.py
+does, where it is not up to date. All is read from the CSVs that aggregate.py wrote and from the runs' folders; a number
+that these do not agree on is refused.
 """
 
-import argparse
 import json
 import re
+import sys
 from base64 import b64encode
-from collections import defaultdict
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -23,33 +23,25 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-import aggregate
-import figure1
-import figures
+import plots
+from aggregate import claims_table, format_cells, in_order, paper_table, read_csv, with_neutral
+from common import InputError, atomic_write, fail, make_parser, one_line
+from paper import CLAIMS, DATASETS, MODELS, TABLES, dataset_title, model_title, published_cells
 
-LOST, APART = 25, 10  # F1 points at which a heat map's colour is full: against the undamaged model, against the paper
-CLAIMS = (
-    "A corrupted model does not fully recover",
-    "The more layers are corrupted, the lower the F1",
-    "Corrupting the bottom hurts more than corrupting the top",
-)
-NEEDS = ("an undamaged and a corrupted model", "two degrees of corruption", "bottom and top at the same degree")
+LOST, APART = 25, 10  # F1 points where a heat map's colour is full: against the uncorrupted model, against the paper
 COUNTED = ("holds", "compared")
 HOW_OFTEN = ((1.0, "always"), (0.9, "nearly always"), (0.65, "mostly"), (0.35, "about half of the time"))
+TUNINGS = {"full": "Fine-tuning", "probe": "A linear probe"}  # others go by their own name
 OF_A_CELL = ["model", "side", "frac", "percent", "dataset", "pooling", "tuning", "learning_rate", "seed"]
 OF_A_CELL += ["model_fingerprint", "data_fingerprint"]
 COLUMNS = ["table", "model", "variant", "dataset"]  # a column of a table, for one model
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
-class NoReport(ValueError):
-    """There is nothing to show, or what there is does not fit together; the message says what to do."""
-
-
 # ---- Read ----
 
 
-class Grid(NamedTuple):
+class ResultSet(NamedTuple):
     """What aggregate.py made of the runs, and what stands in their folders."""
 
     runs: pd.DataFrame  # results.csv
@@ -61,53 +53,44 @@ class Grid(NamedTuple):
     left_out: list[str]  # runs that are in no table
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    names = dict.fromkeys(("model", "variant", "dataset"), str)
-    frame = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=names)
-    return frame.fillna({"variant": ""})
-
-
-def read(output_dir: Path) -> Grid:
-    """Raises NoReport if the CSVs are not there or are older than the runs."""
+def read(output_dir: Path) -> ResultSet:
+    """Raises InputError if the CSVs are not there or are older than the runs."""
     again = f"run python aggregate.py --output_dir {output_dir} first"
     if not (output_dir / "runs").is_dir():
-        raise NoReport(f"{output_dir} holds no runs: give the output folder of grid.py or train.py")
+        raise InputError(f"{output_dir} holds no runs: give the output folder of grid.py or train.py")
     try:
         runs, cells, pairs = (read_csv(output_dir / f"{name}.csv") for name in ("results", "cells", "bottom_top"))
     except (OSError, ValueError) as error:
-        raise NoReport(f"the tables are not there ({' '.join(str(error).split())}): {again}") from error
+        raise InputError(f"the tables are not there ({one_line(error)}): {again}") from error
     results, epochs = {}, {}
     for run, f1 in zip(runs["run"], runs["f1"], strict=True):
         folder = output_dir / "runs" / run
         try:
             results[run] = json.loads((folder / "result.json").read_text())
             epochs[run] = pd.read_csv(folder / "epochs.csv")
-            same = abs(100 * results[run]["weighted_f1"] - f1) < 1e-6
+            if not abs(100 * results[run]["weighted_f1"] - f1) < 1e-6:
+                raise ValueError("another F1")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise NoReport(
-                f"{folder} is not what results.csv was made from ({type(error).__name__}): {again}"
-            ) from error
-        if not same:
-            raise NoReport(f"{folder} has another F1 than results.csv: {again}")
+            raise InputError(f"{folder} is not what results.csv was made from ({one_line(error)}): {again}") from error
     folders = sorted(path.parent.name for path in output_dir.glob("runs/*/result.json"))
-    failures = {path.parent.name: reason_of(path) for path in sorted(output_dir.glob("runs/*/failure.json"))}
-    return Grid(runs, cells, pairs, results, epochs, failures, [run for run in folders if run not in results])
+    failures = {path.parent.name: read_reason(path) for path in sorted(output_dir.glob("runs/*/failure.json"))}
+    return ResultSet(runs, cells, pairs, results, epochs, failures, [run for run in folders if run not in results])
 
 
-def reason_of(failure: Path) -> str:
+def read_reason(failure: Path) -> str:
     try:
         return json.loads(failure.read_text())["reason"]
     except (OSError, ValueError, KeyError, TypeError):
         return "failure.json cannot be read"
 
 
-# ---- Ours beside the reference: the paper, or another grid ----
+# ---- Ours beside the reference: the paper, or another output folder ----
 
 
-def beside(ours: pd.DataFrame, reference: pd.DataFrame, by_variant: bool) -> pd.DataFrame:
+def join_reference(ours: pd.DataFrame, reference: pd.DataFrame, by_variant: bool) -> pd.DataFrame:
     """A row for each cell of ours, and of the reference where it has a column of ours; its values end in _reference.
 
-    `difference` is ours - reference, `lost` F1 - the undamaged model's (both in percent, negative is worse).
+    `difference` is ours - reference, `lost` F1 - the uncorrupted model's (both in percent, negative is worse).
     """
     columns = ours[COLUMNS].drop_duplicates()
     on = COLUMNS if by_variant else [name for name in COLUMNS if name != "variant"]
@@ -115,10 +98,10 @@ def beside(ours: pd.DataFrame, reference: pd.DataFrame, by_variant: bool) -> pd.
     both = ours.merge(theirs, how="outer", on=[*COLUMNS, "percent", "side"], suffixes=("", "_reference"))
     both["layers"] = both["layers"].fillna(both["layers_reference"]).astype(int)
     both["difference"] = both["f1"] - both["f1_reference"]
-    whole = both[both["side"] == "none"].set_index(COLUMNS)
+    baseline = both[both["side"] == "none"].set_index(COLUMNS)
     for whose in ("", "_reference"):
-        undamaged = both[COLUMNS].merge(whole[[f"f1{whose}"]], how="left", left_on=COLUMNS, right_index=True)
-        both[f"lost{whose}"] = both[f"f1{whose}"] - undamaged[f"f1{whose}"]
+        uncorrupted = both[COLUMNS].merge(baseline[[f"f1{whose}"]], how="left", left_on=COLUMNS, right_index=True)
+        both[f"lost{whose}"] = both[f"f1{whose}"] - uncorrupted[f"f1{whose}"]
     return both
 
 
@@ -128,43 +111,40 @@ def how_often(holds: int, compared: int) -> str:
     return f"{words} ({holds} of {compared})"
 
 
-def verdict(both: pd.DataFrame, reference: pd.DataFrame, pairs: pd.DataFrame, name: str) -> list[dict]:
+def claim_summary(both: pd.DataFrame, reference: pd.DataFrame, pairs: pd.DataFrame, name: str) -> list[dict]:
     """For each claim: how often it holds in the tables that are here, in ours and in the reference, and a sentence."""
     ours = both.dropna(subset="f1")
-    counts = aggregate.claims_table(ours, reference)
+    counts = claims_table(ours, reference)
     counts = counts[counts["table"].isin(ours["table"])]
-    said = []
+    summary = []
     for number, claim in enumerate(CLAIMS, 1):
         of_claim = counts[counts["claim"].str.startswith(f"({number})")]
         sums = of_claim.sum(numeric_only=True)
-        holds, compared, there, in_all = (int(sums[f"{of}_{what}"]) for of in ("ours", "paper") for what in COUNTED)
-        sentence = f"Nothing here to compare: it takes {NEEDS[number - 1]}."
+        holds, compared, theirs, in_all = (int(sums[f"{of}_{what}"]) for of in ("ours", "paper") for what in COUNTED)
+        sentence = f"Nothing here to compare: it takes {claim.needs}."
         if compared:
             sentence = f"Holds here {how_often(holds, compared)}"
-            sentence += f"; in {name} {how_often(there, in_all)}." if in_all else "."
+            sentence += f"; in {name} {how_often(theirs, in_all)}." if in_all else "."
         if number == 3 and len(pairs):
-            unclear = [pair_of(pair) for pair in pairs[pairs["low"] <= 0].to_dict("records")]
-            sentence += (
-                f" In {len(pairs) - len(unclear)} of {len(pairs)} the 95 % interval of the difference is above 0"
-            )
+            unclear = [describe_pair(pair) for pair in pairs[pairs["low"] <= 0].to_dict("records")]
+            above = f"{len(pairs) - len(unclear)} of {len(pairs)}"
+            sentence += f" In {above} the 95 % interval of the difference is above 0"
             sentence += f"; not so in {'; '.join(unclear)}." if 0 < len(unclear) <= 3 else "."
         shares = [{"name": "here", "holds": holds, "compared": compared}]
-        shares += [{"name": name, "holds": there, "compared": in_all}] if in_all else []
-        tables = of_claim.to_dict("records")
-        said.append({"number": number, "claim": claim, "sentence": sentence, "shares": shares, "tables": tables})
-    return said
+        shares += [{"name": name, "holds": theirs, "compared": in_all}] if in_all else []
+        of = {"number": number, "claim": claim.sentence, "tables": of_claim.to_dict("records")}
+        summary.append(of | {"sentence": sentence, "shares": shares})
+    return summary
 
 
-def pair_of(pair: dict) -> str:
+def describe_pair(pair: dict) -> str:
     """A row of bottom_top.csv in words."""
-    how = [
-        words for words, is_so in (("mean", pair["pooling"] == "mean"), ("probe", pair["tuning"] == "probe")) if is_so
-    ]
-    return ", ".join([figures.model_of(pair), f"{pair['percent']:g} %", figures.dataset_of(pair), *how])
+    unusual = [pair[name] for name, usual in (("pooling", "cls"), ("tuning", "full")) if pair[name] != usual]
+    return ", ".join([plots.describe_model(pair), f"{pair['percent']:g} %", dataset_title(pair["dataset"]), *unusual])
 
 
-def what_is_left(both: pd.DataFrame) -> pd.DataFrame:
-    """A row for each table, degree and side: the F1 in percent of the undamaged model's, averaged over table columns.
+def recovered_share(both: pd.DataFrame) -> pd.DataFrame:
+    """A row for each table, degree and side: the F1 in percent of the uncorrupted model's, averaged over table columns.
 
     Taken are the `columns` (model and data set) that have both sides at that degree; `reference` if it has them all.
     """
@@ -173,44 +153,39 @@ def what_is_left(both: pd.DataFrame) -> pd.DataFrame:
         reference=100 * both["f1_reference"] / (both["f1_reference"] - both["lost_reference"]),
     )
     rows = []
-    for (table, percent), group in share[share["side"] != "none"].groupby(["table", "percent"]):
-        wide = group.pivot(index=COLUMNS, columns="side", values=["ours", "reference"])
-        complete = wide[wide["ours"].notna().all(axis=1)]
-        if complete.empty or set(wide["ours"]) not in ({"all"}, {"bottom", "top"}):
-            continue
-        for side in wide["ours"]:
-            ours, reference = complete["ours", side].mean(), complete["reference", side].mean(skipna=False)
-            of = {"table": table, "percent": percent, "side": side, "columns": len(complete)}
-            rows.append(of | {"ours": ours, "reference": reference})
+    for table in in_order(both["table"], TABLES):
+        of_table = share[(share["table"] == table) & (share["side"] != "none")]
+        for percent, group in of_table.groupby("percent"):
+            wide = group.pivot(index=COLUMNS, columns="side", values=["ours", "reference"])
+            complete = wide[wide["ours"].notna().all(axis=1)]
+            if complete.empty or set(wide["ours"]) not in ({"all"}, {"bottom", "top"}):
+                continue
+            for side in wide["ours"]:
+                ours, reference = complete["ours", side].mean(), complete["reference", side].mean(skipna=False)
+                of = {"table": table, "percent": percent, "side": side, "columns": len(complete)}
+                rows.append(of | {"ours": ours, "reference": reference})
     return pd.DataFrame(rows, columns=["table", "percent", "side", "columns", "ours", "reference"])
 
 
-def by_degree(left: pd.DataFrame) -> defaultdict:
-    cells = zip(left["percent"], left["side"], left.to_dict("records"), strict=True)
-    return defaultdict(dict, {(percent, side): cell for percent, side, cell in cells})
-
-
-def headline(left: pd.DataFrame, name: str) -> str:
+def headline(shares: pd.DataFrame, name: str) -> str:
     """The first table's degree nearest to one half, in a sentence; nothing if no column has both sides."""
-    of_table = left[(left["table"] == left["table"].min()) & (left["side"] != "all")]
-    if of_table.empty:
+    table = next(iter(shares["table"]), None)
+    of_table = shares[shares["table"] == table]
+    percents = of_table.loc[of_table["side"] != "all", "percent"]
+    if percents.empty:
         return ""
-    percent = min(of_table["percent"], key=lambda percent: abs(percent - 50))
-    found = left[(left["table"] == left["table"].min()) & left["percent"].isin([percent, 100])].set_index("side")
-    words = {
-        "bottom": f"with the bottom {percent:g} % of its layers re-initialised",
-        "top": "with the top",
-        "all": "with all",
-    }
+    percent = min(percents, key=lambda percent: abs(percent - 50))
+    found = of_table[of_table["percent"].isin([percent, 100])].set_index("side")
+    bottom = f"with the bottom {percent:g} % of its layers re-initialised"
+    words = {"bottom": bottom, "top": "with the top", "all": "with all"}
     parts = [f"{found.at[side, 'ours']:.0f} % {words[side]}" for side in words if side in found.index]
-    tuning = "A linear probe" if left["table"].min() == 4 else "Fine-tuning"
-    columns = int(found["columns"].iloc[0])
-    sentence = f"{tuning} gives back, of the undamaged model's F1, {', '.join(parts)}"
+    tuning, columns = TABLES[table].tuning, int(found["columns"].iloc[0])
+    sentence = f"{TUNINGS.get(tuning, tuning)} gives back, of the uncorrupted model's F1, {', '.join(parts)}"
     if found["reference"].notna().all():
         theirs = ", ".join(f"{found.at[side, 'reference']:.0f} %" for side in words if side in found.index)
         sentence += f"; in {name} {theirs}"
     over = f"over {columns} column{'s' * (columns > 1)} of model and data set"
-    return f"{sentence} (Table {left['table'].min()}, averaged {over})."
+    return f"{sentence} (Table {table}, averaged {over})."
 
 
 # ---- The tables as heat maps ----
@@ -218,8 +193,8 @@ def headline(left: pd.DataFrame, name: str) -> str:
 
 def heat(cells: pd.DataFrame, points: pd.Series, full: float, signed: bool = False) -> dict:
     """One table's cells in the paper's layout, for the page; the colour follows `points` and is full at `full`."""
-    table = aggregate.paper_table(cells)
-    shown = aggregate.marked(table, "<b>{}</b>", '<span class="collapsed">{}</span>')
+    table = paper_table(cells)
+    shown = format_cells(table, "<b>{}</b>", '<span class="collapsed">{}</span>')
     models: list[dict] = []
     for row, (model, degree) in table.text[["model", "corruption"]].iterrows():
         if not models or models[-1]["name"] != model:
@@ -241,10 +216,11 @@ def heat(cells: pd.DataFrame, points: pd.Series, full: float, signed: bool = Fal
     return {"datasets": datasets, "models": models, "missing": table.missing}
 
 
-def maps(both: pd.DataFrame, name: str) -> list[dict]:
+def heat_maps(both: pd.DataFrame, name: str) -> list[dict]:
     """The heat maps of each table: ours, and where the reference has cells of it, theirs and the difference."""
-    found = []
-    for number, cells in both.groupby("table"):
+    maps = []
+    for number in in_order(both["table"], TABLES):
+        cells = both[both["table"] == number]
         ours = heat(cells, cells["lost"], LOST)
         views = [{"title": "Ours", "kind": "lost", **ours}]
         known = cells[cells["f1_reference"].notna()]
@@ -256,70 +232,70 @@ def maps(both: pd.DataFrame, name: str) -> list[dict]:
             apart = cells.assign(f1=cells["difference"], f1_std=np.nan, collapsed=False)
             of_apart = heat(apart, cells["difference"], APART, signed=True)
             views.append({"title": f"Ours - {name}", "kind": "apart", **of_apart})
-        caption = f"weighted F1 in percent {aggregate.TABLES[number]}"
-        found.append({"number": number, "caption": caption, "views": views, "missing": ours["missing"]})
-    return found
+        caption = f"weighted F1 in percent {TABLES[number].caption}"
+        maps.append({"number": number, "caption": caption, "views": views, "missing": ours["missing"]})
+    return maps
 
 
-def figures_1(output_dir: Path) -> list[dict]:
+def figures_1(output_dir: Path, runs: set[str]) -> list[dict]:
     """Figure 1 of each model and data set that has one: its picture, four panels in two rows, and its numbers."""
-    found = []
+    if any(output_dir.glob("runs/*/vectors.npy")):
+        try:
+            plots.write_figure_1(output_dir, {}, again=False)
+        except InputError as error:
+            print(f"Figure 1: {one_line(error)}", file=sys.stderr)
+    figures = []
     for path in sorted(output_dir.glob("figure1_*_numbers.csv")):
         stem = path.name.removesuffix("_numbers.csv")
-        numbers, dots = read_csv(path), pd.read_csv(output_dir / f"{stem}.csv", keep_default_na=False)
+        numbers = read_csv(path)
+        if not runs.issuperset(numbers["run"]):
+            continue  # of runs that are no longer there
+        dots = read_csv(output_dir / f"{stem}.csv")
         names = dots.drop_duplicates("label").set_index("label")["label_name"].sort_index().to_dict()
         picture = BytesIO()
-        figure1.draw(numbers, dots, names, across=2).savefig(picture, format="png")
-        rows = numbers.assign(
-            damage=[figures.damage_of(*of) for of in zip(numbers["side"], numbers["percent"], strict=True)]
-        )
+        plots.draw_figure_1(numbers, dots, names, across=2).savefig(picture, format="png")
+        sides = zip(numbers["side"], numbers["percent"], strict=True)
+        rows = numbers.assign(corruption=[plots.describe_corruption(*of) for of in sides])
         first = numbers.iloc[0]
-        title = f"{figures.model_of(first)} on {figures.dataset_of(first)}"
+        title = f"{plots.describe_model(first)} on {dataset_title(first['dataset'])}"
         picture = b64encode(picture.getvalue()).decode()
-        found.append({"title": title, "stem": stem, "picture": picture, "rows": rows.to_dict("records")})
-    return found
+        figures.append({"title": title, "stem": stem, "picture": picture, "rows": rows.to_dict("records")})
+    return figures
 
 
 # ---- What to doubt, and where the numbers come from ----
 
 
-def doubts(grid: Grid, both: pd.DataFrame) -> dict:
-    """What a reader must know before trusting a number: collapsed runs, rates at the edge, gaps, what is not there."""
-    ours = both.dropna(subset="f1")
-    collapsed = grid.runs[grid.runs["collapsed"]]
-    edge = ours[ours["edge"].eq(True)]
-    apart = ours.dropna(subset="difference").sort_values("difference", key=abs, ascending=False)
+def caveats(ours: ResultSet, both: pd.DataFrame) -> dict:
+    """What a reader must know before trusting a number: collapsed runs, rates at the edge, what is not there."""
+    cells = both.dropna(subset="f1")
+    collapsed = ours.runs[ours.runs["collapsed"]]
+    apart = cells.dropna(subset="difference").sort_values("difference", key=abs, ascending=False)
     return {
-        "collapsed": [{**run, "label": figures.label_of(run)} for run in collapsed.to_dict("records")],
-        "edge": cell_rows(edge),
-        "edge_of": int(ours["edge"].notna().sum()),
-        "gap": cell_rows(ours.sort_values("gap", ascending=False).head(10)),
-        "mean_gap": ours["gap"].mean(),
+        "collapsed": [{**run, "label": plots.describe_cell(run)} for run in collapsed.to_dict("records")],
+        "edge": cell_rows(cells[cells["lr_at_grid_edge"].eq(True)]),
+        "edge_of": int(cells["lr_at_grid_edge"].notna().sum()),
+        "bias": cell_rows(cells.sort_values("selection_bias", ascending=False).head(10)),
+        "mean_bias": cells["selection_bias"].mean(),
         "apart": cell_rows(apart.head(10)),
         "mean_apart": apart["difference"].mean(),
         "mean_distance": apart["difference"].abs().mean(),
         "compared": len(apart),
-        "spread": cell_rows(ours.dropna(subset="f1_std").sort_values("f1_std", ascending=False).head(10)),
-        "no_table": cell_rows(grid.cells[grid.cells["table"].isna()]),
-        "halved": [run for run, result in grid.results.items() if result.get("batch", {}).get("halved")],
-        "resumed": [run for run, result in grid.results.items() if result.get("cut_off")],
-        "failures": grid.failures,
-        "left_out": grid.left_out,
+        "spread": cell_rows(cells.dropna(subset="f1_std").sort_values("f1_std", ascending=False).head(10)),
+        "no_table": cell_rows(ours.cells[ours.cells["table"].isna()]),
+        "resumed": [run for run, result in ours.results.items() if result.get("resumed_from")],
+        "failures": ours.failures,
+        "left_out": ours.left_out,
     }
 
 
 def cell_rows(cells: pd.DataFrame) -> list[dict]:
     return [
-        {**cell, "label": figures.label_of(cell), "runs": cell["runs"].split()} for cell in cells.to_dict("records")
+        {**cell, "label": plots.describe_cell(cell), "runs": cell["runs"].split()} for cell in cells.to_dict("records")
     ]
 
 
-def tips(both: pd.DataFrame) -> list[dict]:
-    """What a cell tells when it is pointed at."""
-    return cell_rows(both.assign(id=both.index, runs=both["runs"].fillna("")))
-
-
-def origin(grid: Grid) -> dict:
+def provenance(ours: ResultSet) -> dict:
     """Where the numbers come from: settings, weights, rows, machines and hours."""
     results = pd.DataFrame(
         {
@@ -335,18 +311,18 @@ def origin(grid: Grid) -> dict:
             "commit": re.sub(r"^(\w{12})\w*", r"\1", result["commit"] or "none"),
             "finished": result.get("finished", "unknown"),
         }
-        for result in grid.results.values()
+        for result in ours.results.values()
     )
     rows = {
         result["settings"]["data_fingerprint"][:8]: result.get("data", {}).get("rows", {})
-        for result in grid.results.values()
+        for result in ours.results.values()
     }
 
     def counted(*by: str) -> list[dict]:
         groups = results.groupby([*by], dropna=False)
         return groups.agg(runs=("hours", "size"), hours=("hours", "sum")).reset_index().to_dict("records")
 
-    values = settings_of(grid)
+    values = count_settings(ours)
     return {
         "models": counted("model", "model_fingerprint", "revision"),
         "datasets": [{**of, "rows": rows[of["data_fingerprint"]]} for of in counted("dataset", "data_fingerprint")],
@@ -359,114 +335,91 @@ def origin(grid: Grid) -> dict:
     }
 
 
-def settings_of(grid: Grid) -> dict[str, dict[str, int]]:
+def count_settings(ours: ResultSet) -> dict[str, dict[str, int]]:
     """The values of each setting, beside those of the cell, learning rate and seed, and how many runs have each."""
-    settings = pd.DataFrame(result["settings"] for result in grid.results.values()).drop(columns=OF_A_CELL)
-    settings = settings.astype(object).map(lambda value: json.dumps(value))
+    settings = pd.DataFrame(with_neutral(result["settings"]) for result in ours.results.values())
+    settings = settings.drop(columns=OF_A_CELL).astype(object).map(json.dumps)
     return {name: column.value_counts().to_dict() for name, column in settings.items()}
 
 
-def settings_apart(ours: Grid, theirs: Grid) -> list[dict]:
-    """The settings whose values are not the same in two grids."""
-    one, other = settings_of(ours), settings_of(theirs)
+def settings_apart(ours: ResultSet, theirs: ResultSet) -> list[dict]:
+    """The settings whose values are not the same in two output folders."""
+    one, other = count_settings(ours), count_settings(theirs)
     both = [(name, list(one.get(name, {})), list(other.get(name, {}))) for name in {**one, **other}]
     return [{"name": name, "ours": a, "theirs": b} for name, a, b in both if set(a) != set(b)]
-
-
-def run_rows(grid: Grid) -> list[dict]:
-    """Each run, with the command that repeats it; `best` are those that a cell's number is made of."""
-    best = set(" ".join(grid.cells["runs"]).split())
-    return [
-        {
-            **run,
-            "label": figures.label_of(run),
-            "best": run["run"] in best,
-            "command": grid.results[run["run"]]["command"],
-        }
-        for run in grid.runs.to_dict("records")
-    ]
 
 
 # ---- The page ----
 
 
 def render(**content: object) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template(TEMPLATE.name).render(**content)
+    loader = jinja2.FileSystemLoader(TEMPLATE.parent)
+    style = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    return jinja2.Environment(loader=loader, **style).get_template(TEMPLATE.name).render(**content)
 
 
-def write(output_dir: Path, against: Path | None) -> Path:
-    """Write the page and its figures; returns the page's path. Raises NoReport, OSError."""
-    grid = read(output_dir)
-    placed = grid.cells.dropna(subset="table").astype({"table": int})
+def write(output_dir: Path, compare_to: Path | None) -> Path:
+    """Write the page and its figures; returns the page's path. Raises InputError, OSError."""
+    ours = read(output_dir)
+    placed = ours.cells.dropna(subset="table")
     if placed.empty:
-        raise NoReport("no cell belongs to a table of the paper: its pooling and tuning have none (see cells.csv)")
-    if against:
-        if against.resolve() == output_dir.resolve():
-            raise NoReport(f"--against {against} is the output folder itself: give another")
-        name = against.resolve().name
-        stem = f"report_against_{name}"
-        other = read(against)
-        reference, apart = other.cells.dropna(subset="table").astype({"table": int}), settings_apart(grid, other)
+        raise InputError("no cell belongs to a table: none has their pooling and tuning (see cells.csv)")
+    if compare_to:
+        if compare_to.resolve() == output_dir.resolve():
+            raise InputError(f"--compare_to {compare_to} is the output folder itself: give another")
+        name = compare_to.resolve().name
+        end = f"_compared_to_{name}"
+        theirs = read(compare_to)
+        reference, apart = theirs.cells.dropna(subset="table"), settings_apart(ours, theirs)
     else:
-        name, stem, reference, apart = "the paper", "report", aggregate.paper_cells(), []
-    both = beside(placed, reference, by_variant=against is not None)
-    if against and both["difference"].isna().all():
-        raise NoReport(f"{output_dir} and {against} have no cell in common: nothing to compare")
-    folder = output_dir / stem.replace("report", "figures")
+        name, end, reference, apart = "the paper", "", published_cells(), []
+    both = join_reference(placed, reference, by_variant=compare_to is not None)
+    if compare_to and both["difference"].isna().all():
+        raise InputError(f"{output_dir} and {compare_to} have no cell in common: nothing to compare")
+    folder = output_dir / f"figures{end}"
     folder.mkdir(exist_ok=True)
-    left = what_is_left(both)
+    shares = recovered_share(both)
     page = render(
         name=name,
-        against=against,
-        grid=grid,
-        tables=maps(both, name),
-        tables_known=aggregate.TABLES,
-        verdict=verdict(both, reference, grid.pairs, name),
-        left=[(table, by_degree(rows)) for table, rows in left.groupby("table")],
-        degrees=left[["percent", "side"]].drop_duplicates().sort_values(["percent", "side"]).to_dict("records"),
-        headline=headline(left, name),
-        figures=figures.draw_all(both, grid.epochs, name, folder),
+        compare_to=compare_to,
+        tables=heat_maps(both, name),
+        captions={number: table.caption for number, table in TABLES.items()},
+        claims=claim_summary(both, reference, ours.pairs, name),
+        shares={(row["table"], row["percent"], row["side"]): row for row in shares.to_dict("records")},
+        degrees=sorted(set(zip(shares["percent"], shares["side"], strict=True))),
+        headline=headline(shares, name),
+        figures=plots.draw_all(both, ours.epochs, name, folder),
         folder=folder.name,
-        figures_1=figures_1(output_dir),
-        doubts=doubts(grid, both),
-        tips=tips(both),
-        origin=origin(grid),
-        runs=run_rows(grid),
-        number_of={run: number for number, run in enumerate(grid.runs["run"], 1)},
-        command_of={run: result["command"] for run, result in grid.results.items()},
+        figures_1=figures_1(output_dir, set(ours.results)),
+        caveats=caveats(ours, both),
+        tips=cell_rows(both.assign(id=both.index, runs=both["runs"].fillna(""))),  # what a number tells
+        provenance=provenance(ours),
+        runs=[{**run, "label": plots.describe_cell(run)} for run in ours.runs.to_dict("records")],
+        best=set(" ".join(ours.cells["runs"]).split()),  # the runs that a cell's number is made of
+        number_of={run: number for number, run in enumerate(ours.runs["run"], 1)},
+        command_of={run: result["command"] for run, result in ours.results.items()},
         cells=int(both["f1"].notna().sum()),
-        models=[aggregate.MODELS.get(m, m) for m in aggregate.in_order(both["model"], aggregate.MODELS)],
-        datasets=[aggregate.DATASETS.get(d, d) for d in aggregate.in_order(both["dataset"], aggregate.DATASETS)],
+        models=[model_title(model) for model in in_order(both["model"], MODELS)],
+        datasets=[dataset_title(dataset) for dataset in in_order(both["dataset"], DATASETS)],
         scale={"lost": LOST, "apart": APART},
         how_often=HOW_OFTEN,
         apart=apart,
     )
-    path = output_dir / f"{stem}.html"
-    aggregate.write_whole(path, page)
+    path = output_dir / f"report{end}.html"
+    with atomic_write(path) as aside:
+        aside.write_text(page)
     return path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="\n\n".join(__doc__.split("\n\n")[:2]),  # what it does, and examples
-        usage=argparse.SUPPRESS,  # so that an error is one line
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="holds runs/ (default: outputs)")
-    parser.add_argument("--against", type=Path, help="another output folder, in the place of the paper")
+    parser.add_argument("--compare_to", type=Path, help="another output folder, in the place of the paper")
     args = parser.parse_args()
     try:
-        path = write(args.output_dir, args.against)
-    except (NoReport, OSError) as error:
-        parser.error(str(error))
+        path = write(args.output_dir, args.compare_to)
+    except (InputError, OSError) as error:
+        fail(error)
     print(f"-> {path} ({path.stat().st_size / 2**20:.1f} MiB), and its figures as PNG and PDF beside it")
 
 

@@ -1,36 +1,37 @@
-"""Fine-tune one encoder, broken or whole, on one data set with `transformers.Trainer`: one run of one cell.
+"""Fine-tune one encoder, corrupted or not, on one data set with `transformers.Trainer`: one run of one cell.
 
     python train.py --model bert-base-uncased --corrupt bottom --frac 0.5
-    python train.py --model minilm --corrupt top --frac 1/3 --dataset bbc_news --learning_rate 1e-4 --num_train_epochs 3
+    python train.py --model minilm --corrupt top --frac 1/3 --dataset bbc_news --pooling mean --num_train_epochs 3
     python train.py --model distilbert-base-uncased --dataset ag_news --tuning probe
 
-Every flag of `TrainingArguments` works, but for those in FIXED: the paper's protocol, which tests after every epoch
-and keeps the best. The run's folder, outputs/runs/<run>, appears whole, with `epochs.csv`, `predictions.csv.gz` (the
-test split, best epoch), `log.txt` and `result.json`. A run that is already there is not done again. With --resume one
-that was cut off goes on from its last epoch; `accelerate launch` in the place of `python` does one run on several GPUs.
+Every field of `TrainingArguments` is a flag; those in PROTOCOL of config.py are refused: every run is evaluated after
+each epoch and keeps the best. The run's folder, outputs/runs/<run>, appears whole, with `epochs.csv`,
+`predictions.csv.gz` (the test split, best epoch), `log.txt` and `result.json`. A run that is there already is not done
+again. With --resume one that was cut off goes on from its last epoch. Another way to fine-tune is one function and its
+entry in TUNINGS.
 """
 
-import contextlib
-import copy
-import gc
+import dataclasses
 import json
-import math
+import logging
 import os
 import platform
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
-from fractions import Fraction
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import config
+
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's matrix products do not repeat
+if __name__ == "__main__":
+    config.parse_run(__doc__)  # help and wrong flags are told before torch is imported
 
 import datasets
 import evaluate
@@ -39,99 +40,83 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate.utils import broadcast_object_list, find_executable_batch_size
-from accelerate.utils.memory import clear_device_cache
+from accelerate.utils.memory import should_reduce_batch_size
 from filelock import Timeout
-from torch.utils.data import Sampler, SequentialSampler
-from transformers import (
-    DataCollatorWithPadding,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    default_data_collator,
-)
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments, default_data_collator
 
-import aggregate
+import callbacks
 import corrupt
 import data_prep
-import encode
-import pack
-import settings
-import unfinished
+import features
+import paper
+import run_dir
+import unpad
+from common import USER_ERRORS, InputError, RunError, fail, in_worker, one_line
+from config import Run, RunConfig
 
 METRIC = Path(__file__).parent / "metrics" / "weighted_f1"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "numpy")
 
 
-# ---- Training ----
+# ---- How it is tuned ----
+
+
+def tune_full(
+    model: PreTrainedModel, tokens: datasets.DatasetDict, tokenizer: object, run: Run, args: TrainingArguments
+) -> tuple[datasets.DatasetDict, Callable]:
+    """Everything trains."""
+    return tokens, DataCollatorWithPadding(tokenizer)
+
+
+def tune_probe(
+    model: PreTrainedModel, tokens: datasets.DatasetDict, tokenizer: object, run: Run, args: TrainingArguments
+) -> tuple[datasets.DatasetDict, Callable]:
+    """The head trains, on what the frozen encoder gives (section A.2); that is computed once for all learning rates."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    folder = run.work_dir.parent.with_name("features") / features.key_of(encoder_settings(run, args))
+    batch_size = args.per_device_eval_batch_size
+    outputs = features.probe_features(model, tokens, tokenizer, folder, batch_size, args.device, dtype)
+    return outputs, default_data_collator
+
+
+# --tuning: makes the model ready, in place, and returns the rows that it reads and how they become a batch
+TUNINGS = {"full": tune_full, "probe": tune_probe}
+
+
+def encoder_settings(run: Run, args: TrainingArguments) -> dict:
+    """All that a frozen encoder's outputs depend on."""
+    names = ("results_version", "model_fingerprint", "side", "frac", "method", "kaiming_a", "seed", "data_fingerprint")
+    names += ("pooling", "max_length", "no_unpadding", "per_device_eval_batch_size", "bf16", "fp16", "tf32")
+    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    return {name: run.settings[name] for name in names} | packages | {"device": device_of(args)}
+
+
+# ---- The Trainer ----
 
 
 class PairedTrainer(Trainer):
     """A Trainer whose data order has a random stream of its own, and whose predictions keep the order of the rows."""
 
-    order_before: torch.Tensor | None = None  # the stream's state at the checkpoint from which the run goes on
+    data_order: torch.Generator
 
-    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler:
-        sampler = super()._get_train_sampler(self.train_dataset)  # which, unlike the argument, still has the lengths
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        sampler = loader.batch_sampler.sampler
         if self.args.train_sampling_strategy == "group_by_length":
             sampler.lengths = list(sampler.lengths)  # it asks for one at a time, slow from Arrow: seconds an epoch
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.data_order = sampler.generator = corrupt.stream(seed, "data order")
-        if self.order_before is not None:
-            self.data_order.set_state(self.order_before)
-        return sampler
+        sampler.generator = self.data_order
+        return loader
 
-    def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> Sampler:
-        return SequentialSampler(eval_dataset)  # the library's own groups by length and so shuffles predictions
-
-
-class StopIfDiverged(TrainerCallback):
-    """Ends a run whose loss is no longer a number: its F1 would be that of a constant."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: object
-    ) -> None:
-        for name in {"loss", "eval_loss"} & logs.keys():
-            if not math.isfinite(logs[name]):
-                reason = f"{name} is {logs[name]} in epoch {state.epoch:g}"
-                raise unfinished.Diverged(f"diverged: {reason}; lower --learning_rate")
+    def get_eval_dataloader(self, eval_dataset: datasets.Dataset | None = None) -> DataLoader:
+        loader = super().get_eval_dataloader(eval_dataset)
+        loader.batch_sampler.sampler = SequentialSampler(loader.dataset)  # group_by_length would shuffle predictions
+        return loader
 
 
-class Clock(TrainerCallback):
-    """Counts the seconds of the optimizer steps, without evaluations and checkpoints."""
-
-    def __init__(self, trained: float = 0.0) -> None:
-        self.trained = trained
-
-    def on_epoch_begin(self, *_: object, **__: object) -> None:
-        self.last = time.perf_counter()
-
-    def on_step_end(self, *_: object, **__: object) -> None:
-        now = time.perf_counter()
-        self.trained, self.last = self.trained + now - self.last, now
-
-
-def halves(labels: np.ndarray) -> np.ndarray:
+def split_halves(labels: np.ndarray) -> np.ndarray:
     """0 or 1 for each row: two fixed halves of the test split, of the same class shares (odd ones go to half 0)."""
     return pd.Series(labels).groupby(labels).cumcount().to_numpy() % 2
-
-
-@lru_cache(maxsize=1)
-def broken(
-    folder: Path, side: str, frac: Fraction | None, seed: int, kaiming_a: float, label_names: tuple[str, ...]
-) -> tuple[transformers.PreTrainedModel, dict]:
-    """`corrupt.load_broken`, kept for the next run of the same cell; to be copied before it is trained."""
-    labels = dict(enumerate(label_names))
-    label2id = {name: label for label, name in labels.items()}
-    return corrupt.load_broken(folder, side, frac, seed, kaiming_a, id2label=labels, label2id=label2id)
-
-
-@lru_cache(maxsize=2)
-def prepared(dataset: str, data_dir: str, fingerprint: str) -> datasets.DatasetDict:
-    """`data_prep.load`, kept for the next run on the same rows."""
-    return data_prep.load(dataset, data_dir)
 
 
 @lru_cache(maxsize=1)
@@ -139,22 +124,10 @@ def metric() -> evaluate.EvaluationModule:
     return evaluate.load(str(METRIC), keep_in_memory=True)
 
 
-def quicken(model: transformers.PreTrainedModel, plain: bool, pooling: str) -> bool:
-    """Hook the pooling into the model and, unless it is to stay `plain`, what makes it quick; whether it is packed."""
-    packed = not plain and model.config.model_type in pack.PACKABLE
-    if packed:
-        pack.pack(model, pooling)
-    elif pooling == "mean":
-        pack.pool_mean(model)
-    if not plain:
-        pack.use_quick_dropout(model)
-    return packed
-
-
 def mean_over_batch(
     outputs: transformers.utils.ModelOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A part's share in the mean loss of the whole batch, where that is accumulated or shared among processes.
+    """A part's share in the mean loss of the whole batch, where that is accumulated.
 
     The library's own loss of a part is its mean, which the Trainer then takes for such a share: it would be too large.
     """
@@ -162,48 +135,54 @@ def mean_over_batch(
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
-class Setup(NamedTuple):
+def training_arguments(run: Run) -> TrainingArguments:
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    chosen = {name: value for name, value in vars(run.config).items() if name in known}
+    values = config.PROTOCOL | config.AFFECTS | chosen | {"dataloader_pin_memory": torch.cuda.is_available()}
+    if in_worker():
+        values["disable_tqdm"] = True
+    if run.config.resume:
+        values |= {"save_strategy": "epoch", "save_only_model": False}
+    values |= run.config.trainer | {"output_dir": str(run.work_dir / "checkpoints"), "run_name": run.name}
+    return TrainingArguments(**{name: value for name, value in values.items() if name in known})
+
+
+class PreparedRun(NamedTuple):
     """A Trainer that is ready to train, and what is known of its run besides."""
 
     trainer: PairedTrainer
     order: np.ndarray  # the test split's row numbers in the order in which it predicts
     corruption: dict  # the corruption's manifest
-    speed: dict  # what was left out of the library's way
+    speed: dict  # what is not the library's way
+    tokens: dict  # in each split, without padding
     predicted: list[np.ndarray]  # filled by each evaluation: the predicted class of each row, in `order`
 
 
-def make_trainer(run: settings.Run, data: datasets.DatasetDict) -> Setup:
-    in_parts = run.training_args.gradient_accumulation_steps * run.training_args.world_size > 1
-    args, device = run.args, run.training_args.device
+def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
+    """Tokenise, load, corrupt, and make the Trainer."""
+    args, wanted = training_arguments(run), run.config
     tokenizer = corrupt.load_tokenizer(run.model_folder)
-    names = data["train"].features["label"].names
-    half = halves(np.array(data["test"]["label"]))
-    tokens = {name: run.settings[name] for name in ("numbers", "data_fingerprint", "model_fingerprint", "max_length")}
-    tokens |= {name: version(name) for name in ("transformers", "tokenizers")}
-    folder = Path(args.data_dir) / "tokens" / f"{args.dataset}-{encode.key_of(tokens)}"
-    data, order = encode.tokenised(data, tokenizer, args.max_length, folder)
-    half = half[order]
+    names = ("results_version", "data_fingerprint", "model_fingerprint", "max_length")
+    key = {name: run.settings[name] for name in names} | {p: version(p) for p in ("transformers", "tokenizers")}
+    folder = Path(wanted.data_dir) / "tokens" / f"{wanted.dataset}-{features.key_of(key)}"
+    tokens, order = features.tokenise(data, tokenizer, wanted.max_length, folder)
+    half = split_halves(np.array(data["test"]["label"]))[order]
 
-    seed = run.training_args.seed
-    model, corruption = broken(run.model_folder, args.corrupt, args.frac, seed, args.kaiming_a, tuple(names))
-    model = copy.deepcopy(model)
-    quick = not args.plain and device.type == "cpu"  # none of it has been measured on a GPU
-    speed = {"packed": quicken(model, not quick, args.pooling), "quick_dropout": quick}
-
-    collator = DataCollatorWithPadding(tokenizer)
-    if args.tuning == "probe":
-        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        autocast = next((dtype for name, dtype in precision.items() if getattr(run.training_args, name)), None)
-        data = encode.probe_features(
-            model,
-            data,
-            tokenizer,
-            run.unfinished.parent.with_name("features") / encode.key_of(encoder_settings(run)),
-            run.training_args.per_device_eval_batch_size,
-            device,
-            autocast,
-        )
-        collator = default_data_collator
+    labels = dict(enumerate(data["train"].features["label"].names))
+    label2id = {name: label for label, name in labels.items()}
+    model, corruption = corrupt.load_corrupted(
+        run.model_folder,
+        wanted.corrupt,
+        wanted.frac,
+        wanted.seed,
+        wanted.kaiming_a,
+        wanted.method,
+        id2label=labels,
+        label2id=label2id,
+    )
+    plain = wanted.no_unpadding or args.device.type != "cpu"  # none of it has been measured on a GPU
+    speed = {"unpadded": unpad.speed_up_encoder(model, wanted.pooling, plain), "quick_dropout": not plain}
+    rows, collator = TUNINGS[wanted.tuning](model, tokens, tokenizer, run, args)
     predicted: list[np.ndarray] = []
 
     def compute_metrics(evaluated: transformers.EvalPrediction) -> dict[str, float]:
@@ -213,212 +192,161 @@ def make_trainer(run: settings.Run, data: datasets.DatasetDict) -> Setup:
         for name, part in (("half_a", half == 0), ("half_b", half == 1)):
             part_scores = metric().compute(predictions=classes[part], references=labels[part])
             scores[f"weighted_f1_{name}"] = part_scores["weighted_f1"]
-        if run.training_args.world_size > 1:  # the Trainer's own counts rows twice where the processes' shares differ
-            logits, labels = torch.tensor(evaluated.predictions), torch.tensor(evaluated.label_ids)
-            scores["loss_of_all"] = F.cross_entropy(logits, labels).item()
         return scores
 
     trainer = PairedTrainer(
         model_init=lambda: model,  # asked for twice, at first and when training begins: nothing trains it in between
-        args=run.training_args,
+        args=args,
         data_collator=collator,
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
+        train_dataset=rows["train"],
+        eval_dataset=rows["test"],
         processing_class=tokenizer,
-        compute_loss_func=mean_over_batch if in_parts else None,
+        compute_loss_func=mean_over_batch if args.gradient_accumulation_steps > 1 else None,
         compute_metrics=compute_metrics,
-        callbacks=[StopIfDiverged()],
+        callbacks=[callbacks.StopIfDiverged()],
     )
-    return Setup(trainer, order, corruption, speed, predicted)
+    trainer.data_order = corrupt.named_generator(args.seed if args.data_seed is None else args.data_seed, "data order")
+    counts = {part: sum(rows["length"]) for part, rows in tokens.items()}
+    return PreparedRun(trainer, order, corruption, speed, counts, predicted)
 
 
-def encoder_settings(run: settings.Run) -> dict:
-    """All that a frozen encoder's outputs depend on."""
-    names = ("numbers", "model_fingerprint", "side", "frac", "kaiming_a", "seed", "data_fingerprint", "pooling")
-    names += ("max_length", "plain", "per_device_eval_batch_size", "bf16", "fp16", "tf32")
-    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    return {name: run.settings[name] for name in names} | packages | {"device": device_of(run)}
+# ---- One run ----
 
 
-def device_of(run: settings.Run) -> dict:
-    return {
-        "type": run.training_args.device.type,
-        "name": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
+def check(wanted: RunConfig) -> None:
+    """Check all that can be checked before the rows are prepared and a weight is loaded. Raises InputError."""
+    if wanted.tuning not in TUNINGS:
+        raise InputError(f"--tuning {wanted.tuning} is not known: choose from {', '.join(TUNINGS)}")
+    folder, _ = corrupt.find_model(wanted.model)
+    corrupt.check_corruptible(folder, wanted.corrupt, wanted.frac, wanted.method)
+    longest = longest_input(folder)
+    if not 8 <= wanted.max_length <= longest:
+        raise InputError(f"--max_length {wanted.max_length} is not from 8 to {longest}, what {wanted.model} can read")
 
 
-@contextlib.contextmanager
-def position_0(model: transformers.PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """A list that fills, batch by batch, with the encoder's output at position 0: what pooler and head read."""
-    seen: list[torch.Tensor] = []
-    hook = pack.encoder_of(model).register_forward_hook(lambda *call: seen.append(call[2][0][:, 0].float().cpu()))
-    yield seen
-    hook.remove()
+@lru_cache
+def longest_input(folder: Path) -> int:
+    """In tokens."""
+    positions = getattr(corrupt.load_config(folder), "max_position_embeddings", sys.maxsize)
+    return min(positions, corrupt.load_tokenizer(folder).model_max_length)
+
+
+def run_training(run: Run) -> dict:
+    """Do the run, whose lock the caller holds, and return its result; raises what goes wrong.
+
+    Load the rows, corrupt the model (`prepare_run`), train and evaluate, write, publish.
+    """
+    with run_dir.run_workspace(run) as new:
+        started = time.perf_counter()
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % of the time and repeats nothing
+        data = data_prep.load(run.config.dataset, run.config.data_dir)
+        if data_prep.manifest(run.config.dataset, run.config.data_dir)["fingerprint"] != run.data["fingerprint"]:
+            raise RunError(f"{run.config.dataset} was prepared anew after this run was planned: start it again")
+        trainer, order, corruption, speed, tokens, predicted = prepare_run(run, data)
+
+        checkpoint, before = (run_dir.last_checkpoint(run) if run.config.resume else None) or (None, {})
+        timer, resumed_from = callbacks.TrainTimer(before.get("trained", 0.0)), before.get("resumed_from", [])
+        if checkpoint:
+            predicted.extend(np.array(classes) for classes in before["predicted"])
+            trainer.data_order.set_state(torch.tensor(before["data_order"], dtype=torch.uint8))
+
+        def progress() -> dict:
+            """What a process that goes on from here must know, besides the Trainer's own checkpoint."""
+            part = {"until_epoch": trainer.state.epoch, "device": device_of(trainer.args), "commit": git_commit()}
+            return {
+                "predicted": [classes.tolist() for classes in predicted],
+                "data_order": trainer.data_order.get_state().tolist(),
+                "trained": timer.seconds,
+                "total": before.get("total", 0.0) + time.perf_counter() - started,
+                "resumed_from": [*resumed_from, part | {p: version(p) for p in ("torch", "transformers")}],
+            }
+
+        for callback in (timer, callbacks.Checkpoints(run, progress), callbacks.Progress(run)):
+            trainer.add_callback(callback)
+        with callbacks.reports(run, trainer, resumed=checkpoint is not None):
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except Exception as error:
+                if should_reduce_batch_size(error):
+                    raise RunError(out_of_memory(run, trainer.args)) from error
+                raise
+
+        epochs = epoch_table(trainer.state.log_history)
+        evaluating = sum(row.get("eval_runtime", 0) for row in trainer.state.log_history)
+        best = epochs.to_dict("records")[epochs["weighted_f1"].idxmax()]
+        best_classes, rows = predicted[epochs["weighted_f1"].idxmax()], np.argsort(order)
+        predictions = pd.DataFrame({"label": data["test"]["label"], "prediction": best_classes[rows]})
+        if run.config.save_model or run.config.save_vectors:
+            with unpad.capture_pooled(trainer.model) as pooled:
+                trainer.evaluate()
+            if (predicted[-1] != best_classes).any():
+                raise RunError(
+                    "the best epoch's weights give other predictions when they are read back: this machine does not "
+                    "compute the same twice"
+                )
+        if run.config.save_vectors:
+            np.save(new / "vectors.npy", torch.cat(pooled).numpy()[rows], allow_pickle=False)
+        if run.config.save_model:
+            trainer.save_model(str(new / "model"))
+        epochs.to_csv(new / "epochs.csv", index=False)
+        gzip = {"method": "gzip", "mtime": 0}
+        predictions.to_csv(new / "predictions.csv.gz", index_label="row", compression=gzip)
+        total = before.get("total", 0.0) + time.perf_counter() - started
+        result = {
+            "weighted_f1": best["weighted_f1"],
+            "accuracy": best["accuracy"],
+            "best_epoch": best["epoch"],
+            "epochs": len(epochs),
+            "command": f"OMP_NUM_THREADS={torch.get_num_threads()} {run.command}",
+            "settings": run.settings,
+            "model": {
+                "name": run.config.model,
+                "revision": run.revision,
+                "architecture": type(trainer.model).__name__,
+                "parameters": trainer.model.num_parameters(),
+            },
+            "data": {name: run.data[name] for name in ("request", "source", "dropped", "rows", "rows_per_class")}
+            | {"tokens": tokens},
+            "corruption": corruption,
+            "speed": speed,
+            "resumed_from": resumed_from,
+            "seconds": {"train": timer.seconds, "evaluate": evaluating, "total": total},
+            "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "device": device_of(trainer.args),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "commit": git_commit(),
+            "files": run_dir.list_files(new),
+        }
+        (new / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        run_dir.publish(run)
+        return result
 
 
 def epoch_table(log: list[dict]) -> pd.DataFrame:
     """A row for each epoch: train and test loss, accuracy, weighted F1, and the F1 on either half of the test split."""
     train = pd.DataFrame([row for row in log if "loss" in row])[["epoch", "loss"]]
     test = pd.DataFrame([row for row in log if "eval_loss" in row])
-    test["eval_loss"] = test.get("eval_loss_of_all", test["eval_loss"])
-    scores = ["eval_loss", *(f"eval_{name}" for name in ("accuracy", "weighted_f1"))]
-    scores += ["eval_weighted_f1_half_a", "eval_weighted_f1_half_b"]
-    table = train.merge(test[["epoch", *scores]], on="epoch", validate="one_to_one").convert_dtypes()
-    table = table.rename(columns={"loss": "train_loss"})
-    return table.rename(columns={name: name.removeprefix("eval_") for name in scores if name != "eval_loss"})
+    scores = [f"eval_{name}" for name in ("accuracy", "weighted_f1", "weighted_f1_half_a", "weighted_f1_half_b")]
+    table = train.merge(test[["epoch", "eval_loss", *scores]], on="epoch", validate="one_to_one").convert_dtypes()
+    return table.rename(columns={"loss": "train_loss"} | {name: name.removeprefix("eval_") for name in scores})
 
 
-class Trained(NamedTuple):
-    """What a Trainer that has done its epochs leaves."""
-
-    setup: Setup
-    clock: Clock
-    cut_off: list[dict]  # the parts of the run before this one: until which epoch, and what did them
-    seconds_before: float  # that were spent until then
-    batch: dict  # how the batch lay in memory
-
-
-def fine_tune(run: settings.Run, data: datasets.DatasetDict) -> Trained:
-    """Train the run, from its last checkpoint if it is to resume and has one.
-
-    Where memory runs out, the batch is halved and the accumulation doubled, until it fits: the optimizer's batch stays
-    what it was. Raises RunError if that is not possible.
-    """
-    args = run.training_args
-    rows = args.per_device_train_batch_size // args.world_size
-    accumulated, tested = args.gradient_accumulation_steps, args.per_device_eval_batch_size
-    args.output_dir, started = str(run.unfinished / "checkpoints"), time.perf_counter()
-
-    def last_checkpoint() -> tuple[Path | None, dict]:
-        return (unfinished.last_checkpoint(run) if run.args.resume else None) or (None, {})
-
-    at_once = first = last_checkpoint()[1].get("rows", rows)
-
-    def half() -> int:
-        nonlocal at_once
-        if at_once % 2 or args.world_size > 1:
-            raise settings.RunError(
-                f"out of memory with {at_once} rows at a time, which are not halved further: give a smaller "
-                "--per_device_train_batch_size or --max_length"
-            )
-        at_once //= 2
-        return at_once
-
-    @find_executable_batch_size(starting_batch_size=at_once, reduce_batch_size_fn=half)
-    def train(batch_size: int) -> Trained:
-        if batch_size < first:
-            clear_device_cache(garbage_collection=True)  # the attempt before, which its exception kept alive until now
-        parts = rows // batch_size
-        args.per_device_train_batch_size, args.gradient_accumulation_steps = batch_size, parts * accumulated
-        args.per_device_eval_batch_size = max(1, tested // parts)
-        setup = make_trainer(run, data)
-        checkpoint, progress = last_checkpoint()
-        clock, before = Clock(progress.get("trained", 0.0)), progress.get("total", 0.0)
-        cut_off = progress.get("parts", [])
-        if checkpoint:
-            setup.predicted.extend(np.array(classes) for classes in progress["predicted"])
-            setup.trainer.order_before = torch.tensor(progress["data_order"], dtype=torch.uint8)
-        setup.trainer.add_callback(clock)
-
-        def now() -> dict:
-            """What a process that goes on from here must know, besides the Trainer's own checkpoint."""
-            part = {"until_epoch": setup.trainer.state.epoch, "rows": batch_size, "device": device_of(run)}
-            part |= {"commit": git_commit(), **{name: version(name) for name in ("torch", "transformers")}}
-            return {
-                "predicted": [classes.tolist() for classes in setup.predicted],
-                "data_order": setup.trainer.data_order.get_state().tolist(),
-                "trained": clock.trained,
-                "total": before + time.perf_counter() - started,
-                "rows": batch_size,
-                "parts": [*cut_off, part],
-            }
-
-        setup.trainer.add_callback(unfinished.Checkpoints(run, now))
-        setup.trainer.add_callback(unfinished.HowFar(run))
-        with unfinished.reports(run, setup.trainer, goes_on=checkpoint is not None):
-            setup.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        batch = {"rows": batch_size, "accumulated": args.gradient_accumulation_steps, "processes": args.world_size}
-        return Trained(setup, clock, cut_off, before, {**batch, "halved": (parts - 1).bit_length()})
-
-    return train()
+def out_of_memory(run: Run, args: TrainingArguments) -> str:
+    rows, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    return (
+        f"out of memory with {rows} rows of up to {run.config.max_length} tokens at a time: give "
+        f"--per_device_train_batch_size {max(1, rows // 2)} --gradient_accumulation_steps {2 * parts}, which together "
+        "train on the same batches, or do fewer runs at a time"
+    )
 
 
-def execute(run: settings.Run) -> dict:
-    """Do the run and return its result, or leave `failure.json` with the reason and raise.
-
-    The caller holds the run's lock. Of several processes (accelerate launch) all train and the first one writes.
-    """
-    new, started, first = run.unfinished / "new", time.perf_counter(), run.training_args.process_index == 0
-    with unfinished.being_done(run):
-        if data_prep.manifest(run.args.dataset, run.args.data_dir)["fingerprint"] != run.settings["data_fingerprint"]:
-            raise settings.RunError(f"{run.args.dataset} was prepared anew after this run was planned: start it again")
-        data = prepared(run.args.dataset, run.args.data_dir, run.settings["data_fingerprint"])
-        run.training_args._n_gpu = min(run.training_args.n_gpu, 1)  # DataParallel would change the batch
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % of the time and repeats nothing
-        trained = fine_tune(run, data)
-        trainer, setup = trained.setup.trainer, trained.setup
-
-        epochs = epoch_table(trainer.state.log_history)
-        best = epochs.to_dict("records")[epochs["weighted_f1"].idxmax()]
-        best_classes = setup.predicted[epochs["weighted_f1"].idxmax()]
-        rows = np.argsort(setup.order)
-        predictions = pd.DataFrame({"label": data["test"]["label"], "prediction": best_classes[rows]})
-
-        if run.args.save_model or run.args.save_vectors:
-            with position_0(trainer.model) as seen:
-                read_back = trainer.predict(trainer.eval_dataset)
-            if (read_back.predictions.argmax(-1) != best_classes).any():
-                raise settings.RunError(
-                    "the best epoch's weights give other predictions when read back: this machine does not compute "
-                    "the same twice"
-                )
-        if run.args.save_vectors:
-            np.save(new / "vectors.npy", torch.cat(seen).numpy()[rows], allow_pickle=False)
-        if run.args.save_model:
-            trainer.save_model(str(new / "model"))
-        total = trained.seconds_before + time.perf_counter() - started
-        evaluated = sum(row.get("eval_runtime", 0) for row in trainer.state.log_history)
-        result = {
-            "weighted_f1": best["weighted_f1"],
-            "accuracy": best["accuracy"],
-            "best_epoch": best["epoch"],
-            "epochs": len(epochs),
-            "command": command(run),
-            "settings": run.settings,
-            "model": {
-                "name": run.args.model,
-                "revision": run.model_revision,
-                "architecture": type(trainer.model).__name__,
-                "parameters": trainer.model.num_parameters(),
-            },
-            "data": {name: run.data[name] for name in ("request", "source", "dropped", "rows", "rows_per_class")},
-            "corruption": setup.corruption,
-            "speed": setup.speed,
-            "batch": trained.batch,
-            "cut_off": trained.cut_off,
-            "seconds": {"train": trained.clock.trained, "evaluate": evaluated, "total": total},
-            "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "device": device_of(run),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "commit": git_commit(),
-        }
-        if first:
-            epochs.to_csv(new / "epochs.csv", index=False)
-            gzip = {"method": "gzip", "mtime": 0}
-            predictions.to_csv(new / "predictions.csv.gz", index_label="row", compression=gzip)
-            result["files"] = unfinished.digests(new)
-            (new / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-            unfinished.install(run)
-        return result
-
-
-def command(run: settings.Run) -> str:
-    """The line that does the run again, to the last digit."""
-    start = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(run.training_args.world_size)]
-    start = ["python"] if run.training_args.world_size == 1 else start
-    return f"OMP_NUM_THREADS={torch.get_num_threads()} {shlex.join([*start, 'train.py', *run.flags])}"
+def device_of(args: TrainingArguments) -> dict:
+    return {
+        "type": args.device.type,
+        "name": torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def git_commit() -> str | None:
@@ -435,104 +363,94 @@ def git_commit() -> str | None:
         return None
 
 
-def quieten() -> None:
-    """Leave only errors and the Trainer's own lines: the loading report says what the manifest says."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+def run_or_reuse(run: Run, wait: bool = True) -> tuple[dict, bool]:
+    """The run's result, and whether it was there already; the run is done now if nobody has done it or does it now.
 
-
-def once(run: settings.Run, wait: bool = True) -> tuple[dict, bool]:
-    """The run's result, and whether it was there already; done now, if nobody has done it or is doing it.
-
-    If another process is at it, waits for its result, or raises filelock.Timeout if `wait` is false. Any failure of the
+    If another process does it, waits for its result, or raises filelock.Timeout if `wait` is false. Any failure of the
     run becomes a RunError, with the traceback in `failure.json`.
     """
-    first = run.training_args.process_index == 0
-    with unfinished.alone(run, wait) if first else contextlib.nullcontext():
-        (result,) = broadcast_object_list([settings.result_of(run) if first else None])
-        if result:
-            if first and run.unfinished.exists():
-                unfinished.discard(run, checkpoints_too=True)
+    with run_dir.run_lock(run, wait):
+        if result := run_dir.load_valid_result(run):
+            run_dir.discard(run, checkpoints_too=True)
             return result, True
         try:
-            return execute(run), False
-        except settings.BAD_INPUT:
+            return run_training(run), False
+        except (InputError, RunError):
             raise
         except Exception as error:
-            kept, reason = run.folder / "failure.json", f"{type(error).__name__}: {corrupt.one_line(error)}"
-            where = f"; the traceback is in {kept}" if kept.exists() else ""
-            raise settings.RunError(f"the run failed, {reason}{where}") from error
+            failure = run.folder / "failure.json"
+            where = f"; the traceback is in {failure}" if failure.exists() else ""
+            raise RunError(f"the run failed, {type(error).__name__}: {one_line(error)}{where}") from error
 
 
-def do(flags: list[str], asked: dict, wait: bool, *more: str) -> tuple[str, str]:
-    """Do a run in a worker of the grid: "done", "failed", or "busy" if another process is at it; and a line.
-
-    `asked` are the settings that the grid found: a worker that finds others has other weights or rows. `more` are
-    flags that change no number.
-    """
-    quieten()
-    where = f"python train.py {shlex.join(flags)}"
+def run_in_worker(run: Run, wait: bool) -> tuple[str, str]:
+    """Do a run of the grid: "done", "failed", or "busy" if another process does it and `wait` is false; and a line."""
+    silence_libraries()
     try:
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # the console is the grid's
-            run = settings.plan(flags, ("--disable_tqdm", "True", *more), asked.get("dataset"))
-            if differ := [name for name, value in asked.items() if run.settings.get(name) != value]:
-                raise settings.RunError(
-                    f"{', '.join(differ)} differ from what they were when the grid began: start it again"
-                )
-            where = run.folder
-            result, there = once(run, wait)
-        return "done", settings.summary(run, result) + (", done by another process" if there else "")
+        found = config.resolve_run(run.config, prepare=False)
+        differ = [name for name, value in run.settings.items() if found is None or found.settings[name] != value]
+        if differ:
+            raise RunError(f"{', '.join(differ)} differ from what they were when the grid began: start it again")
+        result, reused = run_or_reuse(dataclasses.replace(found, command=run.command), wait)
+        line = config.describe_result(run.settings, result)
+        return "done", line + (", done by another process" if reused else "")
     except Timeout:
-        return "busy", f"{where}: another process is doing it"
+        return "busy", f"{run.folder}: another process does it"
     except Exception as error:
-        return "failed", f"{where}: {type(error).__name__}: {corrupt.one_line(error)}"
-    finally:
-        gc.collect()  # a Trainer is full of cycles: without this, models pile up
+        return "failed", f"{run.folder}: {type(error).__name__}: {one_line(error)}"
 
 
-def beside_the_paper(result: dict) -> str:
+def silence_libraries() -> None:
+    """The console gets the Trainer's own lines and errors; all that the libraries say goes to the run's log."""
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("transformers", "datasets", "huggingface_hub"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.WARNING)
+    logging.getLogger("transformers.trainer").setLevel(logging.INFO)
+    console = logging.StreamHandler()
+    console.setLevel(logging.ERROR)
+    logging.basicConfig(handlers=[console])
+
+
+def compare_with_paper(result: dict) -> str:
     """What the paper has for the run's cell, and how far ours is from it."""
     s, f1 = result["settings"], 100 * result["weighted_f1"]
-    cells = aggregate.paper_cells().set_index(aggregate.PLACE)["f1"]
-    table = aggregate.table_of(s["pooling"], s["tuning"], s["dataset"])
-    paper = cells.get((table, s["model"], s["percent"], s["side"], s["dataset"]))
-    if paper is None:
+    place = ["table", "model", "percent", "side", "dataset"]
+    cells = paper.published_cells().set_index(place)["f1"]
+    table = paper.table_of(s["pooling"], s["tuning"], s["dataset"])
+    published = cells.get((table, s["model"], s["percent"], s["side"], s["dataset"]))
+    if published is None:
         return "the paper has no such cell"
-    best = f"the paper's Table {table} has {paper:.2f} %, the best of three learning rates"
-    return f"{best}; ours - the paper's: {f1 - paper:+.2f}"
+    best = f"the paper's Table {table} has {published:.2f} %, the best of three learning rates"
+    return f"{best}; ours - the paper's: {f1 - published:+.2f}"
 
 
 def main() -> None:
-    quieten()
+    wanted = config.parse_run(__doc__)
+    silence_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
-    settings.default_settings()  # first: TrainingArguments of other flags make accelerate's processes lose each other
-    args, training_args = settings.parse(sys.argv[1:])
-    first = training_args.process_index == 0
     try:
-        with training_args.main_process_first(local=False), contextlib.redirect_stdout(sys.stdout if first else None):
-            run = settings.plan(sys.argv[1:])
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("a run is one process: leave out accelerate launch (grid.py --runs_per_gpu fills GPUs)")
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # one GPU a run
+        check(wanted)
+        run = config.resolve_run(wanted)
         try:
-            result, there = once(run, wait=False)
+            result, reused = run_or_reuse(run, wait=False)
         except Timeout:
-            if training_args.world_size > 1:
-                raise settings.RunError(
-                    "another process is doing this run: start it again when that has ended"
-                ) from None
             print(f"another process is doing this run: waiting for its result in {run.folder}", flush=True)
-            result, there = once(run)
-    except settings.BAD_INPUT as error:
-        if first:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+            result, reused = run_or_reuse(run)
+    except USER_ERRORS as error:
+        fail(error)
     except KeyboardInterrupt:
-        kept = "it goes on from its last epoch" if args.resume else "nothing is kept of it (--resume keeps its epochs)"
-        print(f"interrupted: the same command does the run, {kept}", file=sys.stderr)
+        kept = "it goes on from its last epoch" if wanted.resume else "nothing is kept (--resume keeps its epochs)"
+        print(f"interrupted: the same command does the run; {kept}", file=sys.stderr)
         sys.exit(130)
-    if first:
-        files = ", ".join(sorted(path.name for path in run.folder.iterdir()))
-        print(f"{settings.summary(run, result)}\n{beside_the_paper(result)}")
-        print(f"{'was there already' if there else 'done'}: {run.folder}: {files}")
+    files = ", ".join(sorted(path.name for path in run.folder.iterdir()))
+    print(f"{config.describe_result(run.settings, result)}\n{compare_with_paper(result)}")
+    print(f"{'was there already' if reused else 'done'}: {run.folder}: {files}")
 
 
 if __name__ == "__main__":

@@ -20,42 +20,43 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import aggregate
+import config
+import corrupt
 import cost
 import data_prep
 import grid
-import settings
-import train
+import paper
+import run_dir
+from config import RunConfig
 
 ROOT = Path(__file__).parent.parent
+PLACE = ["table", "model", "percent", "side", "dataset"]
 TENSORS = 16  # of a layer
 
 
-def write_run(flags: list[str], f1: float, collapsed: bool, output_dir: Path, random: np.random.Generator) -> None:
+def write_run(wanted: RunConfig, f1: float, collapsed: bool, output_dir: Path, random: np.random.Generator) -> None:
     """A run's folder as train.py leaves it, whose best epoch has about this F1 (0 to 1)."""
-    args, training_args = settings.parse(flags)
-    layers, frac = cost.config_of(args.model).num_hidden_layers, args.frac or 0
-    side = {0: "none", 1: "all"}.get(frac, args.corrupt)
-    made_of = {"numbers": settings.NUMBERS, "model": args.model, "model_fingerprint": args.model.ljust(64, "0")}
-    made_of |= {"side": side, "frac": str(frac), "percent": float(100 * frac), "kaiming_a": args.kaiming_a}
-    made_of |= {"dataset": args.dataset, "data_fingerprint": args.dataset.ljust(64, "0"), "pooling": args.pooling}
-    made_of |= {"tuning": args.tuning, "max_length": args.max_length, "plain": args.plain}
-    made_of |= settings.training_settings(training_args)
-    folder = output_dir / "runs" / settings.run_name(made_of)
+    layers = cost.shape_of(wanted.model).num_hidden_layers
+    side, frac, corrupted = corrupt.select_layers(wanted.corrupt, wanted.frac, layers)
+    settings = {"results_version": config.RESULTS_VERSION, "model": wanted.model, "dataset": wanted.dataset}
+    settings |= {"model_fingerprint": wanted.model.ljust(64, "0"), "data_fingerprint": wanted.dataset.ljust(64, "0")}
+    settings |= {"side": side, "frac": str(frac), "percent": float(100 * frac)}
+    settings |= config.NEUTRAL_VALUES | {k: v for k, v in vars(wanted).items() if k in config.NEUTRAL_VALUES}
+    folder = output_dir / "runs" / config.run_name(settings)
     folder.mkdir(parents=True)
 
-    rows, classes = cost.rows(args.dataset, "")[1], len(data_prep.DATASETS[args.dataset].label_names)
+    rows, classes = cost.count_rows(wanted.dataset, "")[1], len(data_prep.DATASETS[wanted.dataset].label_names)
     labels = np.arange(rows) % classes
     predicted = np.where(random.random(rows) < f1, labels, (labels + 1) % classes) * (not collapsed)
     frame = pd.DataFrame({"label": labels, "prediction": predicted})
     frame.to_csv(folder / "predictions.csv.gz", index_label="row", compression={"method": "gzip", "compresslevel": 1})
 
-    healed = f1 - 0.3 * f1 * np.exp(-np.arange(1.0, 11)) - 0.003 * random.random(10)
-    healed[8] = f1
-    epochs = pd.DataFrame({"epoch": range(1, 11), "train_loss": 1 - healed, "eval_loss": 1 - healed})
-    epochs = epochs.assign(accuracy=healed, weighted_f1=healed)
+    curve = f1 - 0.3 * f1 * np.exp(-np.arange(1.0, 11)) - 0.003 * random.random(10)
+    curve[8] = f1
+    epochs = pd.DataFrame({"epoch": range(1, 11), "train_loss": 1 - curve, "eval_loss": 1 - curve})
+    epochs = epochs.assign(accuracy=curve, weighted_f1=curve)
     for half in "ab":
-        epochs[f"weighted_f1_half_{half}"] = np.clip(healed + random.normal(0, 0.003, 10), 0, 1)
+        epochs[f"weighted_f1_half_{half}"] = np.clip(curve + random.normal(0, 0.003, 10), 0, 1)
     epochs.to_csv(folder / "epochs.csv", index=False)
 
     tensor = {"name": "encoder.layer.3.attention.self.query.weight", "layer": 4, "kind": "Linear.weight"}
@@ -65,33 +66,31 @@ def write_run(flags: list[str], f1: float, collapsed: bool, output_dir: Path, ra
         "accuracy": f1,
         "best_epoch": 9,
         "epochs": 10,
-        "command": f"OMP_NUM_THREADS=1 python train.py {' '.join(flags)}",
-        "settings": made_of,
-        "model": {"name": args.model, "revision": "0" * 40, "parameters": cost.weights_of(args.model)},
-        "corruption": {"of_layers": layers, "tensors": [tensor] * int(TENSORS * layers * frac)},
-        "batch": {"rows": 32, "accumulated": 1, "processes": 1, "halved": 0},
-        "cut_off": [],
+        "command": f"OMP_NUM_THREADS=1 python train.py {' '.join(wanted.flags())}",
+        "settings": settings,
+        "model": {"name": wanted.model, "revision": "0" * 40, "parameters": cost.encoder_weights(wanted.model)},
+        "corruption": {"num_layers": layers, "tensors": [tensor] * (TENSORS * len(corrupted))},
+        "resumed_from": [],
         "seconds": {"train": 50.0, "evaluate": 5.0, "total": 60.0},
         "finished": "2026-01-01T00:00:00.000+00:00",
         "device": {"type": "cpu", "name": "made up", "threads": 1},
-        "versions": dict.fromkeys(("python", *train.PACKAGES), "made up"),
+        "versions": dict.fromkeys(("python", "torch", "transformers"), "made up"),
         "commit": None,
+        "files": run_dir.list_files(folder),
     }
     (folder / "result.json").write_text(json.dumps(result, indent=1))
 
 
-def write_runs(flag_lists: list[list[str]], output_dir: Path, noise: float = 1.0) -> None:
+def write_runs(runs: list[RunConfig], output_dir: Path, noise: float = 1.0) -> None:
     """Runs of the paper's cells, with its F1 but for noise of so many points."""
     random = np.random.default_rng(0)
-    paper = aggregate.paper_cells().set_index(aggregate.PLACE)
-    for flags in flag_lists:
-        args, _ = settings.parse(flags)
-        table = aggregate.table_of(args.pooling, args.tuning, args.dataset)
-        frac = args.frac or 0
-        side = {0: "none", 1: "all"}.get(frac, args.corrupt)
-        cell = paper.loc[(table, args.model, float(100 * frac), side, args.dataset)]
+    cells = paper.published_cells().set_index(PLACE)
+    for wanted in runs:
+        table, frac = paper.table_of(wanted.pooling, wanted.tuning, wanted.dataset), wanted.frac or 0
+        side = {0: "none", 1: "all"}.get(frac, wanted.corrupt)
+        cell = cells.loc[(table, wanted.model, float(100 * frac), side, wanted.dataset)]
         f1 = float(np.clip(cell["f1"] + noise * random.normal(), 1, 99.9)) / 100
-        write_run(flags, f1, cell["collapsed"], output_dir, random)
+        write_run(wanted, f1, cell["collapsed"], output_dir, random)
 
 
 def main() -> None:
@@ -101,8 +100,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         output_dir = args.output_dir or Path(scratch)
-        flag_lists, seconds = grid.jobs(grid.PRESETS["paper"], {}), {}
-        runs = flag_lists[:: max(1, len(flag_lists) // args.runs)]
+        runs, seconds = grid.expand(paper.PRESETS["paper"], {}), {}
+        runs = runs[:: max(1, len(runs) // args.runs)]
         write_runs(runs, output_dir)
         for script in ("aggregate", "report"):
             started = time.perf_counter()

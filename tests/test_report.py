@@ -3,31 +3,33 @@
 import csv
 import json
 import re
-import sys
+import shutil
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
-import numpy as np
 import page
 import pandas as pd
 import pytest
 from matplotlib.image import imread
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, sync_playwright
+from test_aggregate import change, sign, write_result
+from test_plots import add_four
 
 import aggregate
-import figures
+import config
 import grid
+import paper
+import plots
 import report
-import settings
 import train
 
-ROOT = Path(report.__file__).parent
 BASE, LARGE = "bert-base-uncased", "bert-large-uncased"
 
 
 def run_script(module: object, monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+    monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, flags)])
     module.main()
 
 
@@ -35,11 +37,11 @@ def run_script(module: object, monkeypatch: pytest.MonkeyPatch, *flags: object) 
 def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs that give the paper's own numbers: all of Tables 4 and 5, and Table 1's SST-2 without BERT-large's 25 %."""
     output_dir = tmp_path_factory.mktemp("papers") / "my outputs"
-    rate, flag_lists = {"learning_rate": ("2e-5",)}, []
+    rate, runs = {"learning_rate": (2e-5,)}, []
     for preset, axes in (("table4", {}), ("table5", {}), ("table1", {"dataset": ("sst2",)})):
-        flag_lists += grid.jobs(grid.PRESETS[preset], axes | rate)
-    left_out = {LARGE, "1/4", "sst2"}
-    page.write_runs([flags for flags in flag_lists if not left_out <= set(flags)], output_dir, noise=0)
+        runs += grid.expand(paper.PRESETS[preset], axes | rate)
+    left_out = [run for run in runs if (run.model, run.frac, run.dataset) == (LARGE, 0.25, "sst2")]
+    page.write_runs([run for run in runs if run not in left_out], output_dir, noise=0)
     with pytest.MonkeyPatch.context() as monkeypatch:
         for module in (aggregate, report):
             run_script(module, monkeypatch, "--output_dir", output_dir)
@@ -50,12 +52,25 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, small_data: Path) -> Path:
     """A real run of a model that the paper does not know, alone."""
     output_dir = tmp_path_factory.mktemp("one") / "outputs"
-    flags = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--data_dir", str(small_data), "--max_steps", "2"]
-    train.once(settings.plan([*flags, "--output_dir", str(output_dir), "--disable_tqdm", "True"]))
+    wanted = {"model": str(tiny_bert), "dataset": "bbc_news", "data_dir": str(small_data), "max_steps": 2}
+    run = config.RunConfig(**wanted, output_dir=str(output_dir), trainer={"disable_tqdm": True})
+    train.run_or_reuse(config.resolve_run(run))
     with pytest.MonkeyPatch.context() as monkeypatch:
         for module in (aggregate, report):
             run_script(module, monkeypatch, "--output_dir", output_dir)
     return output_dir
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium: the system's, or the one that `python -m playwright install chromium` brings."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=quiet)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
@@ -112,13 +127,13 @@ def test_the_maps_hold_the_papers_tables(papers: Path, opened: Callable) -> None
     assert titles == ["Ours", "The paper", "Ours - the paper"] * 3
     texts = [view.locator("td button").all_inner_texts() for view in tab.locator("#tables .map").all()]
     for place, number in enumerate((1, 4, 5)):
-        with (ROOT / "paper" / f"table{number}.csv").open() as file:
+        with (paper.PUBLISHED / f"table{number}.csv").open() as file:
             expected = [row["f1"] for row in csv.DictReader(file) if number != 1 or row["dataset"] == "SST-2"]
-        ours, paper, apart = ([text.rstrip("†") for text in view] for view in texts[3 * place : 3 * place + 3])
-        assert sorted(paper) == sorted(expected)
+        ours, theirs, apart = ([text.rstrip("†") for text in view] for view in texts[3 * place : 3 * place + 3])
+        assert sorted(theirs) == sorted(expected)
         missing = [place for place, text in enumerate(ours) if text == "\u2013"]
         assert [text for place, text in enumerate(ours) if place not in missing] == [
-            text for place, text in enumerate(paper) if place not in missing
+            text for place, text in enumerate(theirs) if place not in missing
         ]
         assert len(missing) == (2 if number == 1 else 0)
         assert set(apart) <= {"+0.00", "-0.00", "\u2013"} and apart.count("\u2013") == len(missing)
@@ -139,13 +154,13 @@ def test_a_number_tells_where_it_comes_from(papers: Path, opened: Callable) -> N
         tab.wait_for_selector(tips)
         words = " ".join(tab.locator(tips).inner_text().split())
         assert "Distil, top 50 %, MRPC" in words and f"ours {cell['f1']:.2f} the paper 71.00" in words
-        assert f"cross-fitted {cell['cross_fitted']:.2f}" in words and "against undamaged -8.03" in words  # 79.03
+        assert f"cross-fitted {cell['cross_fitted']:.2f}" in words and "against uncorrupted -8.03" in words  # 79.03
         (button.tap if options else button.click)()  # once more: it stays
         box = tab.locator(tips).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= tab.viewport_size["width"]
         other = tab.locator("#tables .map").nth(6).locator("button", has_text="79.03")
         (other.tap if options else other.hover)()
-        tab.wait_for_function(f"document.querySelector('{tips}')?.innerText.includes('undamaged')")
+        tab.wait_for_function(f"document.querySelector('{tips}')?.innerText.includes('uncorrupted')")
         assert tab.locator(tips).count() == 1
         tab.locator(tips).locator("a", has_text="run").first.click()
         row = tab.locator("tbody:target")
@@ -182,49 +197,38 @@ def test_the_verdict(papers: Path, opened: Callable) -> None:
 
 
 # By hand: ours keeps 80 and 90 of 100, and 40 and 60 of 50: 80 and 100 on average. The paper has not both columns.
-def test_what_is_left_by_hand() -> None:
+def test_the_recovered_share_by_hand() -> None:
     rows = [("sst2", "none", 0, 100), ("sst2", "bottom", 50, 80), ("sst2", "top", 50, 90)]
     rows += [("rte", "none", 0, 50), ("rte", "bottom", 50, 40), ("rte", "top", 50, 55), ("imdb", "bottom", 50, 1)]
-    cells = pd.DataFrame(rows, columns=["dataset", "side", "percent", "f1"]).assign(table=1, model=BASE, variant="")
+    cells = pd.DataFrame(rows, columns=["dataset", "side", "percent", "f1"]).assign(table="1", model=BASE, variant="")
     cells = cells.assign(collapsed=False, layers=6).astype({"percent": float, "f1": float})
-    both = report.beside(cells, cells[cells["dataset"] == "sst2"], by_variant=False)
-    left = report.what_is_left(both)
+    both = report.join_reference(cells, cells[cells["dataset"] == "sst2"], by_variant=False)
+    left = report.recovered_share(both)
     assert left[["side", "columns", "ours"]].to_numpy().tolist() == [["bottom", 2, 80.0], ["top", 2, 100.0]]
     assert left["reference"].isna().all()
-    said = "Fine-tuning gives back, of the undamaged model's F1, "
+    said = "Fine-tuning gives back, of the uncorrupted model's F1, "
     said += "80 % with the bottom 50 % of its layers re-initialised, 100 % with the top"
     said += " (Table 1, averaged over 2 columns of model and data set)."
     assert report.headline(left, "the paper") == said
-    whole = report.what_is_left(report.beside(cells[cells["dataset"] == "sst2"], cells, by_variant=False))
+    whole = report.recovered_share(report.join_reference(cells[cells["dataset"] == "sst2"], cells, by_variant=False))
     assert whole["reference"].tolist() == [80.0, 90.0]
 
 
-# Against another grid a variant meets its like; the paper has one number for all.
+# Beside another output folder a variant meets its like; the paper has one number for all.
 def test_variants_beside_the_reference() -> None:
     rows = [("a", 90.0), ("b", 80.0)]
-    cells = pd.DataFrame(rows, columns=["variant", "f1"]).assign(table=1, model=BASE, dataset="sst2", side="none")
+    cells = pd.DataFrame(rows, columns=["variant", "f1"]).assign(table="1", model=BASE, dataset="sst2", side="none")
     cells = cells.assign(percent=0.0, collapsed=False, layers=0)
     other = cells.assign(f1=[50.0, 60.0])
-    assert report.beside(cells, other, by_variant=True)["difference"].tolist() == [40.0, 20.0]
-    paper = other[:1].assign(variant="")
-    assert report.beside(cells, paper, by_variant=False)["difference"].tolist() == [40.0, 30.0]
+    assert report.join_reference(cells, other, by_variant=True)["difference"].tolist() == [40.0, 20.0]
+    published = other[:1].assign(variant="")
+    assert report.join_reference(cells, published, by_variant=False)["difference"].tolist() == [40.0, 30.0]
     # the deviation over our seeds stands beside ours alone
-    views = report.maps(report.beside(cells.assign(f1_std=1.5), paper, by_variant=False), "the paper")[0]["views"]
+    views = report.heat_maps(report.join_reference(cells.assign(f1_std=1.5), published, by_variant=False), "the paper")[
+        0
+    ]["views"]
     first = [view["models"][0]["rows"][0]["numbers"][0]["text"] for view in views]
     assert first == ["90.00 ± 1.50", "50.00", "+40.00"]
-
-
-# Two seeds with F1 0.5 and 0.7, then 0.6 and 0.6: mean 60, deviation sqrt(2) * 10, then 0.
-def test_the_band_over_seeds() -> None:
-    cell = {"model": BASE, "variant": "", "dataset": "sst2", "side": "top", "percent": 50.0, "runs": "a b", "f1": 60.0}
-    epochs = {
-        run: pd.DataFrame({"epoch": [1, 2], "weighted_f1": f1}) for run, f1 in (("a", [0.5, 0.6]), ("b", [0.7, 0.6]))
-    }
-    (panel,) = figures.draw_epochs(pd.DataFrame([cell]), epochs).axes
-    assert panel.lines[0].get_xydata().tolist() == pytest.approx(np.array([[1, 60], [2, 60]]))
-    band = panel.collections[0].get_paths()[0].vertices
-    at_1 = sorted(set(np.round(band[band[:, 0] == 1, 1], 6)))
-    assert at_1 == pytest.approx([60 - 200**0.5, 60 + 200**0.5]) and set(band[band[:, 0] == 2, 1]) == {60.0}
 
 
 # As wide as a column, 3.3 inches at 300 dots; the PDF's fonts are TrueType and embedded.
@@ -238,8 +242,8 @@ def test_the_figures_as_files(papers: Path) -> None:
         assert b"/FontFile2" in pdf and b"/Type3" not in pdf and b"/MediaBox [ 0 0 237.6 " in pdf
 
 
-# Another grid in the paper's place: cell by cell, and its claims.
-def test_two_grids_side_by_side(
+# Another output folder in the paper's place: cell by cell, and its claims.
+def test_two_output_folders_side_by_side(
     papers: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -247,22 +251,61 @@ def test_two_grids_side_by_side(
     opened: Callable,
 ) -> None:
     other = tmp_path / "other"
-    flags = {"dataset": ("rte",), "model": ("distilbert-base-uncased",), "learning_rate": ("2e-5",)}
-    flag_lists = [[*flags, "--num_train_epochs", "3"] for flags in grid.jobs(grid.PRESETS["table5"], flags)]
-    page.write_runs(flag_lists, other, noise=3)
+    axes = {"dataset": ("rte",), "model": ("distilbert-base-uncased",), "learning_rate": (2e-5,)}
+    page.write_runs(grid.expand(paper.PRESETS["table5"], axes, {"num_train_epochs": 3.0}), other, noise=3)
     run_script(aggregate, monkeypatch, "--output_dir", other)
-    run_script(report, monkeypatch, "--output_dir", other, "--against", papers)
+    run_script(report, monkeypatch, "--output_dir", other, "--compare_to", papers)
     ours, theirs = (pd.read_csv(folder / "cells.csv").query("table == 5") for folder in (other, papers))
     both = ours.merge(theirs, on=["model", "side", "percent", "dataset"])
-    tab = opened(other / "report_against_my outputs.html")
+    tab = opened(other / "report_compared_to_my outputs.html")
     apart = tab.locator("#tables .map").nth(2).locator("td button").all_inner_texts()
     assert sorted(apart) == sorted(f"{one - two:+.2f}" for one, two in zip(both["f1_x"], both["f1_y"], strict=True))
     assert len(apart) == 4 and "my outputs" in tab.locator("#tables .map h4").nth(1).inner_text()
     assert "num_train_epochs (3.0 here, 10.0 there)." in tab.locator("header").inner_text()
-    for against, said in ((other, "is the output folder itself"), (tmp_path / "none", "holds no runs")):
+    for folder, words in ((other, "is the output folder itself"), (tmp_path / "none", "holds no runs")):
         with pytest.raises(SystemExit):
-            run_script(report, monkeypatch, "--output_dir", other, "--against", against)
-        assert said in capsys.readouterr().err
+            run_script(report, monkeypatch, "--output_dir", other, "--compare_to", folder)
+        assert words in capsys.readouterr().err
+
+
+# A table that the paper does not have: the page shows it without a map of the paper.
+def test_a_table_without_a_published_counterpart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable
+) -> None:
+    monkeypatch.setitem(paper.TABLES, "10", paper.Table("of a new tuning", "mean", "adapter", published=False))
+    for side, percent, f1 in (("none", 0, 80), ("bottom", 50, 60), ("top", 50, 70), ("all", 100, 40)):
+        run = write_result(tmp_path, BASE, side, percent, "ag_news", f1, pooling="mean", tuning="adapter")
+        change(run / "result.json", command=f"python train.py --frac {percent / 100}")
+        pd.DataFrame(
+            {"epoch": [1], "weighted_f1": f1 / 100, "weighted_f1_half_a": 0.5, "weighted_f1_half_b": 0.5}
+        ).to_csv(run / "epochs.csv", index=False)
+        sign(run)
+    for module in (aggregate, report):
+        run_script(module, monkeypatch, "--output_dir", tmp_path)
+    tab = opened(tmp_path / "report.html")
+    assert tab.locator("#tables h3").all_inner_texts() == ["Table 10: weighted F1 in percent of a new tuning"]
+    assert tab.locator("#tables .map h4").all_inner_texts() == ["Ours"]
+    assert "The paper has none of these cells." in tab.locator("#tables").inner_text()
+    lead = "adapter gives back, of the uncorrupted model's F1, 75 % with the bottom 50 % of its layers re-initialised"
+    assert tab.locator(".lead").inner_text().startswith(lead)
+    assert tab.locator("figure svg").count() == 2 and tab.locator("#verdict .share").count() == 3
+
+
+# The page draws Figure 1 where it is not there, shows none of other runs, and goes without where a panel is missing.
+def test_figure_1_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    runs = {folder.name for folder in add_four(tmp_path)}
+    (figure,) = report.figures_1(tmp_path, runs)
+    assert (figure["title"], figure["stem"]) == ("org/bert on AG News", "figure1_org--bert_ag_news")
+    assert b64decode(figure["picture"])[1:4] == b"PNG" and [row["f1"] for row in figure["rows"]] == [94, 93, 92, 80]
+    assert [row["corruption"] for row in figure["rows"]] == ["uncorrupted", "top 25 %", "bottom 25 %", "100 %"]
+    assert plots.write_figure_1(tmp_path, {}, again=False) == {}  # the page drew it
+    assert report.figures_1(tmp_path, runs - {figure["rows"][0]["run"]}) == []
+    assert capsys.readouterr().err == ""
+    for path in [*tmp_path.glob("figure1_*"), next(tmp_path.glob("runs/*/vectors.npy"))]:
+        path.unlink()
+    assert report.figures_1(tmp_path, runs) == []
+    said = capsys.readouterr().err
+    assert said.startswith("Figure 1: no figure: it takes 0 %, top and bottom") and said.count("\n") == 1
 
 
 # ---- What is refused ----

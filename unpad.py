@@ -1,11 +1,12 @@
-"""What runs inside the encoder: no padding, the pooling hook, and quick dropout masks.
+"""What runs inside the encoder: the pooling hook, no padding, and quick dropout masks.
 
 A padded batch goes in and the same logits come out, but the encoder's layers see a list of real tokens. How much each
-part saves is in docs/performance.md; `train.py --plain True` leaves all of it out but the pooling.
+part saves is in docs/performance.md; `train.py --no_unpadding` leaves all of it out but the pooling.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers.utils import ModelOutput
 import corrupt
 
 # Architectures whose layers mix tokens in the attention function alone, which transformers lets one replace.
-PACKABLE = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+UNPADDABLE = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
 STEPS = 2**16  # a dropout probability is rounded to a multiple of 1 / STEPS
 
 
@@ -28,7 +29,7 @@ def encoder_of(model: PreTrainedModel) -> nn.Module:
     return next(module for module in model.base_model.modules() if any(child is layers for child in module.children()))
 
 
-def mask_of(model: PreTrainedModel) -> Callable[[], torch.Tensor | None]:
+def mask_getter(model: PreTrainedModel) -> Callable[[], torch.Tensor | None]:
     """Hook the model so that the function returned gives the attention mask of the batch in hand, or None."""
     mask = None
 
@@ -56,10 +57,10 @@ def pool_mean(model: PreTrainedModel) -> None:
     The paper's section A.1, for every architecture whose pooler or head reads position 0. [CLS] is the first position
     that is not padding, [SEP] counts as a token. In place: the model has the hook from then on.
     """
-    mask_now = mask_of(model)
+    get_mask = mask_getter(model)
 
     def replace_first(module: nn.Module, args: tuple, output: ModelOutput | tuple) -> ModelOutput | tuple:
-        hidden, mask = output[0], mask_now()  # (rows, positions, hidden size)
+        hidden, mask = output[0], get_mask()  # (rows, positions, hidden size)
         real = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.to(hidden.dtype)
         body = real.scatter(1, real.argmax(dim=1, keepdim=True), 0).unsqueeze(-1)
         mean = (hidden * body).sum(dim=1, keepdim=True) / body.sum(dim=1, keepdim=True)
@@ -68,35 +69,35 @@ def pool_mean(model: PreTrainedModel) -> None:
     encoder_of(model).register_forward_hook(replace_first)
 
 
-# ---- Packing ----
+# ---- No padding ----
 
 
-class Layout(NamedTuple):
+class UnpaddedLayout(NamedTuple):
     """How the rows of a batch lie in the list of its real tokens; the layers get it in the attention mask's place."""
 
     groups: tuple[tuple[int, int], ...]  # (rows, length): rows of equal length stand together, the shortest first
     order: torch.Tensor  # (rows,): which row of the batch stands where
 
 
-def pack(model: PreTrainedModel, pooling: str = "cls") -> None:
+def unpad(model: PreTrainedModel, pooling: str = "cls") -> None:
     """Let the encoder's layers see the real tokens alone, shape (1, tokens, hidden size); in place.
 
     Behind the last layer pooler and head get what they read, shape (rows, 1, hidden size): each row's [CLS], or with
     `pooling` mean the mean of its other tokens, as `pool_mean` gives it. Raises ValueError for an architecture that is
-    not PACKABLE.
+    not in UNPADDABLE.
     """
-    if model.config.model_type not in PACKABLE:
-        raise ValueError(f"{model.config.model_type} cannot be packed: choose from {', '.join(PACKABLE)}")
-    layout, mask_now = None, mask_of(model)
+    if model.config.model_type not in UNPADDABLE:
+        raise ValueError(f"{model.config.model_type} needs its padding: choose from {', '.join(UNPADDABLE)}")
+    layout, get_mask = None, mask_getter(model)
 
     def flatten(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         nonlocal layout
         call = inspect.signature(module.forward).bind(*args, **kwargs)
-        hidden, mask = call.arguments["hidden_states"], mask_now()
+        hidden, mask = call.arguments["hidden_states"], get_mask()
         real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask is None else mask.bool()
         length, order = real.sum(dim=1).sort(stable=True)
         lengths, rows = length.unique_consecutive(return_counts=True)
-        layout = Layout(tuple(zip(rows.tolist(), lengths.tolist(), strict=True)), order)
+        layout = UnpaddedLayout(tuple(zip(rows.tolist(), lengths.tolist(), strict=True)), order)
         positions = order[:, None] * hidden.shape[1] + torch.arange(hidden.shape[1], device=hidden.device)
         tokens = hidden.flatten(0, 1).index_select(0, positions[real[order]])
         call.arguments |= {"hidden_states": tokens[None], "attention_mask": layout}
@@ -109,10 +110,10 @@ def pack(model: PreTrainedModel, pooling: str = "cls") -> None:
 
     encoder_of(model).register_forward_pre_hook(flatten, with_kwargs=True)
     encoder_of(model).register_forward_hook(pooled)
-    model.set_attn_implementation("packed")
+    model.set_attn_implementation("unpadded")
 
 
-def rows_of(tokens: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
+def rows_of(tokens: torch.Tensor, layout: UnpaddedLayout) -> list[torch.Tensor]:
     """The groups of a list of tokens, shape (tokens, ...), each as (rows, length, ...)."""
     parts = tokens.split([rows * length for rows, length in layout.groups])
     return [part.unflatten(0, group) for part, group in zip(parts, layout.groups, strict=True)]
@@ -123,7 +124,7 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: Layout,
+    attention_mask: UnpaddedLayout,
     dropout: float = 0.0,
     scaling: float | None = None,
     **_: object,
@@ -148,7 +149,7 @@ def attention(
     return torch.cat(outputs)[None], None
 
 
-AttentionInterface.register("packed", attention)
+AttentionInterface.register("unpadded", attention)
 
 
 # ---- Dropout ----
@@ -179,3 +180,30 @@ def use_quick_dropout(model: PreTrainedModel) -> None:
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
                 setattr(module, name, QuickDropout(child.p).train(child.training))
+
+
+# ---- All of it ----
+
+
+def speed_up_encoder(model: PreTrainedModel, pooling: str, plain: bool) -> bool:
+    """Hook the pooling into the model and, unless it is to stay `plain`, the rest; returns whether it is unpadded."""
+    unpadded = not plain and model.config.model_type in UNPADDABLE
+    if unpadded:
+        unpad(model, pooling)
+    elif pooling == "mean":
+        pool_mean(model)
+    if not plain:
+        use_quick_dropout(model)
+    return unpadded
+
+
+@contextmanager
+def capture_pooled(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """A list that fills, batch by batch, with the encoder's output at position 0: what pooler and head read.
+
+    Each tensor has the shape (rows, hidden size), in float32 on the CPU.
+    """
+    pooled: list[torch.Tensor] = []
+    hook = encoder_of(model).register_forward_hook(lambda *call: pooled.append(call[2][0][:, 0].float().cpu()))
+    yield pooled
+    hook.remove()

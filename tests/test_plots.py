@@ -1,8 +1,9 @@
-"""Figure 1, from vectors made by hand: which runs are drawn, in which order, and the numbers under the panels."""
+"""The figures: which runs are in Figure 1, in which order, the numbers under its panels; lines, bands, ticks."""
 
 import json
-import sys
+import os
 from collections import namedtuple
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from matplotlib.image import imread
 from matplotlib.markers import MarkerStyle
 from threadpoolctl import threadpool_limits
 
-import figure1
+import plots
 
 # The paper's panels: how many of the first class's 20 rows lie where the second class's 20 do, and the F1 in percent.
 PANELS = {("none", 0): (0, 94.0), ("top", 25): (2, 93.0), ("bottom", 25): (4, 92.0), ("all", 100): (6, 80.0)}
+BASE = "bert-base-uncased"
 FILES = [f"figure1_org--bert_ag_news{end}" for end in (".csv", ".pdf", ".png", "_numbers.csv")]
 
 
@@ -39,6 +41,10 @@ def add_run(output_dir: Path, side: str, percent: float, strays: int = 0, f1: fl
     return folder
 
 
+CELL = {"model": BASE, "variant": "", "dataset": "sst2", "side": "top", "percent": 50.0, "runs": "a b", "f1": 60.0}
+CELL |= {"f1_std": np.nan}
+
+
 def add_four(output_dir: Path, **changes: object) -> list[Path]:
     """The four runs; those of the later panels come first in results.csv."""
     folders = [add_run(output_dir, *panel, *PANELS[panel], **changes) for panel in reversed(PANELS)]
@@ -46,8 +52,36 @@ def add_four(output_dir: Path, **changes: object) -> list[Path]:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, output_dir: Path, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["figure1.py", "--output_dir", str(output_dir), *flags])
-    figure1.main()
+    monkeypatch.setattr("sys.argv", ["plots.py", "--output_dir", str(output_dir), *flags])
+    plots.main()
+
+
+# ---- F1 by epoch, and against the corrupted fraction ----
+
+
+# Two seeds with F1 0.5 and 0.7, then 0.6 and 0.6: mean 60, deviation sqrt(2) * 10, then 0.
+def test_the_band_over_seeds() -> None:
+    epochs = {
+        run: pd.DataFrame({"epoch": [1, 2], "weighted_f1": f1}) for run, f1 in (("a", [0.5, 0.6]), ("b", [0.7, 0.6]))
+    }
+    (panel,) = plots.draw_epochs(pd.DataFrame([CELL]), epochs).axes
+    assert panel.lines[0].get_xydata().tolist() == pytest.approx(np.array([[1, 60], [2, 60]]))
+    band = panel.collections[0].get_paths()[0].vertices
+    at_1 = sorted(set(np.round(band[band[:, 0] == 1, 1], 6)))
+    assert at_1 == pytest.approx([60 - 200**0.5, 60 + 200**0.5]) and set(band[band[:, 0] == 2, 1]) == {60.0}
+
+
+# BERT-base has 25 % and DistilBERT has not: the panels share their axis, and its ticks.
+def test_the_ticks_are_those_of_all_panels() -> None:
+    cells = [CELL | {"percent": percent} for percent in (25.0, 50.0)] + [CELL | {"model": "distilbert-base-uncased"}]
+    figure = plots.draw_fraction(pd.DataFrame(cells).assign(f1_reference=70.0), "the paper")
+    assert [panel.get_title(loc="left") for panel in figure.axes] == ["Base, SST-2", "Distil, SST-2"]
+    assert [panel.get_xticks().tolist() for panel in figure.axes] == [[0, 25, 50, 100]] * 2
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["top", "top, the paper"]
+
+
+# ---- Figure 1 ----
 
 
 # By hand, k = 3, rows at 0, 1, 2, 10, 11, 12: the three others nearest to 0, 1 and 2 are each other and 10. So rows 0
@@ -59,10 +93,10 @@ def call(monkeypatch: pytest.MonkeyPatch, output_dir: Path, *flags: str) -> None
 def test_numbers_of_a_line_in_the_original_space() -> None:
     line = np.array([[0, 0], [1, 0], [2, 0], [10, 0], [11, 0], [12, 0]], dtype=np.float32)
     labels = np.array([3, 3, 5, 5, 5, 5])
-    assert figure1.knn_accuracy(line, labels, k=3) == 3 / 6
-    assert figure1.knn_accuracy(line[[0, 1, 3]], labels[[0, 1, 3]], k=2) == 2 / 3
+    assert plots.knn_accuracy(line, labels, k=3) == 3 / 6
+    assert plots.knn_accuracy(line[[0, 1, 3]], labels[[0, 1, 3]], k=2) == 2 / 3
     run = namedtuple("Row", "side percent run")("none", 0, "a")
-    (numbers,) = figure1.measure([run], [(line, labels, {3: "World", 5: "Sports"})])[0].to_dict("records")
+    (numbers,) = plots.measure([run], [(line, labels, {3: "World", 5: "Sports"})])[0].to_dict("records")
     assert numbers["knn_accuracy"] == pytest.approx(100 * 4 / 6)
     silhouettes = [1 - 4 / 35, 1 - 4 / 31, 1.5 / 9 - 1, 1 - 22 / 57, 1 - 22 / 63, 1 - 26 / 69]
     assert numbers["silhouette"] == pytest.approx(sum(silhouettes) / 6)
@@ -104,8 +138,36 @@ def test_panels_in_the_papers_order_with_their_numbers(tmp_path: Path, monkeypat
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # fonts embedded, as TrueType
 
     before = {name: (tmp_path / name).read_bytes() for name in FILES}
-    call(monkeypatch, tmp_path, "--model", "org/bert", "--dataset", "ag_news", "--percent", "25")
+    call(monkeypatch, tmp_path, "--model", "org/bert", "--dataset", "ag_news", "--frac", "1/4")
     assert before == {name: (tmp_path / name).read_bytes() for name in FILES}
+
+
+# What is drawn stays if it is of the same runs with the same F1, newer than their vectors, and whole.
+def test_a_figure_that_is_there(tmp_path: Path) -> None:
+    last = add_four(tmp_path)[3]
+    (stem,) = plots.write_figure_1(tmp_path, {}, again=False)
+    numbers, dots, results = tmp_path / f"{stem}_numbers.csv", tmp_path / f"{stem}.csv", tmp_path / "results.csv"
+    assert plots.write_figure_1(tmp_path, {}, again=False) == {}
+    assert list(plots.write_figure_1(tmp_path, {})) == [stem]
+
+    newer = numbers.stat().st_mtime + 1000
+    os.utime(last / "vectors.npy", (newer, newer))
+    assert list(plots.write_figure_1(tmp_path, {}, again=False)) == [stem]
+    os.utime(numbers, (newer, newer))
+    assert plots.write_figure_1(tmp_path, {}, again=False) == {}
+
+    runs = pd.read_csv(results)
+    runs.assign(f1=runs["f1"].replace(80.0, 81.0)).to_csv(results, index=False)
+    assert plots.write_figure_1(tmp_path, {}, again=False)[stem]["f1"].tolist() == [94, 93, 92, 81]
+    os.utime(numbers, (newer, newer))
+    add_run(tmp_path, "all", 100, f1=82.0, learning_rate=2e-5)
+    assert plots.write_figure_1(tmp_path, {}, again=False)[stem]["f1"].tolist() == [94, 93, 92, 82]
+    add_run(tmp_path, "all", 100, f1=82.0, learning_rate=5e-6)  # of two with the same F1 the lower rate
+    os.utime(numbers, (newer, newer))
+    assert plots.write_figure_1(tmp_path, {}, again=False)[stem]["learning_rate"].tolist() == [1e-5] * 3 + [5e-6]
+    assert plots.write_figure_1(tmp_path, {}, again=False) == {}
+    dots.unlink()
+    assert list(plots.write_figure_1(tmp_path, {}, again=False)) == [stem]
 
 
 # Four runs of one seed and one variant, or no figure; the mildest degree that has both sides, then the lowest seed.
@@ -121,12 +183,27 @@ def test_which_four(tmp_path: Path) -> None:
         add_run(tmp_path, side, 100 / 3, seed=2)
 
     def chosen(asked: dict) -> list[tuple]:
-        (four,) = figure1.choose(tmp_path, asked).values()
+        (four,) = plots.choose_runs(tmp_path, asked).values()
         return [(run.side, round(run.percent), run.seed) for run in four]
 
     assert chosen({}) == [("none", 0, 2), ("top", 33, 2), ("bottom", 33, 2), ("all", 100, 2)]
-    assert chosen({"percent": 33.3333}) == chosen({})
-    assert chosen({"percent": 50.0}) == [("none", 0, 1), ("top", 50, 1), ("bottom", 50, 1), ("all", 100, 1)]
+    assert chosen({"frac": Fraction(1, 3)}) == chosen({})
+    assert chosen({"frac": Fraction("0.5")}) == [("none", 0, 1), ("top", 50, 1), ("bottom", 50, 1), ("all", 100, 1)]
+
+
+# Names are shown as they are: matplotlib would read what is between two dollars as mathematics, and fail on "$0_$".
+def test_names_with_dollars(tmp_path: Path) -> None:
+    names = {0: "$0-$50", 1: "a $0_$"}
+    numbers = pd.DataFrame([*PANELS], columns=["side", "percent"]).assign(model="$m_$", dataset="bert", variant="")
+    numbers = numbers.assign(run=range(4), f1=94, silhouette=0, knn_accuracy=87.5, rows=2)
+    places = pd.DataFrame({"label": [0, 1], "x": [0, 1], "y": 0.0})
+    figure = plots.draw_figure_1(numbers, pd.concat([places.assign(run=run) for run in range(4)]), names)
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(names.values())
+
+    cells = pd.DataFrame([CELL | {"model": "$m_$", "runs": "a"}]).assign(table="1")
+    epochs = {"a": pd.DataFrame({"epoch": [1, 2], "weighted_f1": [0.5, 0.6]})}
+    assert "$m_$, SST-2" in plots.draw_all(cells.assign(f1_reference=np.nan), epochs, "$the_$", tmp_path)[0]["svg"]
 
 
 # A dot's place tells its class here, and its colour and marker must be those of that class in the legend.
@@ -135,7 +212,7 @@ def test_each_class_looks_like_its_name_in_the_legend() -> None:
     numbers = pd.DataFrame([*PANELS], columns=["side", "percent"]).assign(model="bert", dataset="tfnt", variant="")
     numbers = numbers.assign(run=range(4), f1=[94.126, 93, 92, 80], silhouette=-0.0001, knn_accuracy=87.5, rows=20)
     places = pd.DataFrame({"label": range(20), "x": range(20), "y": 0.0})
-    figure = figure1.draw(numbers, pd.concat([places.assign(run=run) for run in range(4)]), names)
+    figure = plots.draw_figure_1(numbers, pd.concat([places.assign(run=run) for run in range(4)]), names)
     (legend,) = figure.legends
     shown = {
         text.get_text(): (to_hex(handle.get_color()), handle.get_marker())
@@ -176,16 +253,16 @@ def cut(path: Path) -> None:
 def test_the_number_of_threads_changes_no_dot() -> None:
     vectors = np.random.default_rng(0).normal(size=(200, 60)).astype(np.float32)
     with threadpool_limits(1):
-        one = figure1.embed(vectors)
+        one = plots.embed(vectors)
     with threadpool_limits(2):
-        two = figure1.embed(vectors)
+        two = plots.embed(vectors)
     assert (one == two).all()
 
 
 # A model that collapsed gives every row the same vector: a figure all the same, and no warning.
 @pytest.mark.filterwarnings("error")
 def test_a_collapsed_model_is_one_dot() -> None:
-    assert not figure1.embed(np.full((40, 3), 0.1, dtype=np.float32)).any()
+    assert not plots.embed(np.full((40, 3), 0.1, dtype=np.float32)).any()
 
 
 # What is wrong with the run of 25 % top, or with the flags, and what the one line on stderr must say.
@@ -199,7 +276,7 @@ BAD = {
     "three panels": (lambda top: (top / "vectors.npy").unlink(), [], "org/bert on ag_news (0 %, 25 % bottom, 100 %)"),
     "unknown model": (lambda top: None, ["--model", "bart"], "no figure --model bart: "),
     "unknown data set": (lambda top: None, ["--dataset", "sst2"], "no figure --dataset sst2: "),
-    "unknown degree": (lambda top: None, ["--percent", "50"], "(0 %, 25 % top, 25 % bottom, 100 %)"),
+    "unknown degree": (lambda top: None, ["--frac", "1/2"], "no figure --frac 1/2: "),
     "not a number": (lambda top: np.save(top / "vectors.npy", np.full((40, 3), np.nan)), [], "not finite numbers"),
     "too few rows": (lambda top: np.save(top / "vectors.npy", np.ones((39, 3))), [], "(39, 3) for 40 rows"),
     "cut vectors": (lambda top: cut(top / "vectors.npy"), [], "delete it and do the run again"),
@@ -224,5 +301,5 @@ def test_bad_input_is_one_line(
         call(monkeypatch, tmp_path, *flags)
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("figure1.py: error: ") and expected in err
+    assert err.startswith("plots.py: error: ") and expected in err
     assert sorted(tmp_path.rglob("*")) == there

@@ -1,0 +1,391 @@
+"""What a run is: its flags, the settings that its numbers depend on, its name and its folder.
+
+`RunConfig` is what a user asks for. `resolve_run` finds the model and the rows, and gives a `Run`: the settings with
+their fingerprints, and where the result goes. Torch is imported only by those functions that need it, so that
+aggregate.py can name and check runs without it.
+"""
+
+import argparse
+import json
+import math
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
+from functools import cached_property
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+
+import paper
+from common import InputError, fail, fraction, make_parser, one_line
+
+RESULTS_VERSION = 3  # raise it when this code would give other numbers for the same settings: results are made again
+REPORTERS = ("none", "tensorboard", "trackio", "wandb")
+
+# Each field of TrainingArguments that is not a field of RunConfig stands in one of these three; a test says so.
+# The paper's protocol, and what one process needs. Flags that say otherwise are refused.
+PROTOCOL = {
+    "eval_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "save_strategy": "best",
+    "save_only_model": True,
+    "save_total_limit": None,  # callbacks.Checkpoints deletes those that are neither the last nor the best
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "weighted_f1",
+    "greater_is_better": True,
+    "eval_delay": 0,
+    "eval_steps": None,
+    "eval_on_start": False,
+    "eval_do_concat_batches": True,
+    "eval_use_gather_object": False,
+    "batch_eval_metrics": False,
+    "prediction_loss_only": False,
+    "include_for_metrics": [],
+    "label_names": None,
+    "length_column_name": "length",
+    "remove_unused_columns": True,
+    "dataloader_drop_last": False,
+    "logging_first_step": False,
+    "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+    "auto_find_batch_size": False,
+    "accelerator_config": {"use_seedable_sampler": False},  # our data order has a stream of its own
+    "parallelism_config": None,
+    "fsdp": None,
+    "fsdp_config": None,
+    "deepspeed": None,
+    "do_train": False,
+    "do_predict": False,
+    "push_to_hub": False,
+    "resume_from_checkpoint": None,
+    "ignore_data_skip": False,
+    "restore_callback_states_from_checkpoint": False,
+    "run_name": None,  # a run reports under its folder's name
+}
+# What affects results, at the value that it has without a flag: a result that lacks it was made with that value.
+AFFECTS = {
+    "lr_scheduler_type": "linear",
+    "lr_scheduler_kwargs": None,
+    "warmup_steps": 0,
+    "optim": "adamw_torch_fused",
+    "optim_args": None,
+    "optim_target_modules": None,
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "gradient_accumulation_steps": 1,
+    "average_tokens_across_devices": True,
+    "max_grad_norm": 1.0,
+    "label_smoothing_factor": 0.0,
+    "fp16": False,
+    "bf16_full_eval": False,
+    "fp16_full_eval": False,
+    "tf32": None,
+    "activation_checkpointing": False,
+    "activation_checkpointing_kwargs": None,
+    "gradient_checkpointing": False,
+    "gradient_checkpointing_kwargs": None,
+    "torch_compile": False,
+    "torch_compile_backend": None,
+    "torch_compile_mode": None,
+    "use_liger_kernel": False,
+    "liger_kernel_config": None,
+    "use_cache": False,
+    "neftune_noise_alpha": None,
+    "per_device_eval_batch_size": 64,
+    "full_determinism": False,
+    "data_seed": None,
+    "use_cpu": False,
+    "dataloader_in_order": True,
+    "dataloader_persistent_workers": False,
+    "train_sampling_strategy": "random",
+}
+NEUTRAL = frozenset(  # what cannot change a number
+    re.findall(
+        r"\w+",
+        """dataloader_multiprocessing_context dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
+        ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout
+        debug disable_tqdm do_eval enable_jit_checkpoint eval_accumulation_steps hub_always_push hub_model_id
+        hub_private_repo hub_revision hub_strategy hub_token include_num_input_tokens_seen local_rank log_level
+        log_level_replica log_on_each_node logging_steps project save_on_each_node save_steps skip_memory_metrics
+        torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id""",
+    )
+)
+
+
+def truth(text: str) -> bool:
+    """True or False for argparse, as the library's own flags take it."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text} is neither True nor False")
+    return text.lower() == "true"
+
+
+def setting(
+    default: object, text: str, kind: Callable = str, choices: tuple = (), affects: bool = True, group: str = "the run"
+) -> object:
+    """A field of RunConfig: its default, its help, its type on the command line, and whether it affects results."""
+    return field(
+        default=default, metadata={"help": text, "type": kind, "choices": choices, "affects": affects, "group": group}
+    )
+
+
+TRAINING = "training: any field of transformers' TrainingArguments is a flag, too; these matter most"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, as a user asks for it; each field is a flag. Raises InputError for a value that is not allowed."""
+
+    model: str = setting("bert-base-uncased", "minilm, a local folder, or a hub id")
+    corrupt: str = setting("none", "corrupt encoder layers, counted from this side", choices=("none", "bottom", "top"))
+    frac: Fraction | None = setting(
+        None, "part of the encoder layers, such as 0.5 or 1/3; needed with --corrupt", fraction
+    )
+    method: str = setting("reinit", "how the layers are corrupted: an entry of METHODS in corrupt.py")
+    dataset: str = setting(
+        "sst2", f"{', '.join(paper.DATASETS)}, or a folder of your own with a train and a test file (docs/data.md)"
+    )
+    pooling: str = setting(
+        "cls", "what the head reads: [CLS], or the mean of the other tokens (Table 3)", choices=("cls", "mean")
+    )
+    tuning: str = setting("full", "full: all trains; probe: the head on a frozen encoder (Table 4)")
+    max_length: int = setting(64, "tokens; longer inputs are truncated", int)
+    kaiming_a: float = setting(0.0, "negative slope of Kaiming's leaky ReLU", float)
+    no_unpadding: bool = setting(False, "the library's own encoder, with padding: slower, other dropout masks", truth)
+    data_dir: str = setting("data", "where data_prep.py put the prepared sets", affects=False)
+    resume: bool = setting(
+        False, "keep a checkpoint of each epoch until the end; go on from the last", truth, affects=False
+    )
+    save_model: bool = setting(False, "keep the best epoch's weights in the run's folder", truth, affects=False)
+    save_vectors: bool = setting(
+        False, "keep what the head reads of each test row, best epoch (Figure 1)", truth, affects=False
+    )
+    learning_rate: float = setting(5e-5, "the paper's are 1e-5, 2e-5, 5e-5, the best kept", float, group=TRAINING)
+    num_train_epochs: float = setting(10.0, "each is evaluated, the best is kept", float, group=TRAINING)
+    max_steps: int = setting(
+        -1, "of the optimizer, instead of epochs; -1: as many as the epochs have", int, group=TRAINING
+    )
+    per_device_train_batch_size: int = setting(32, "rows of a step", int, group=TRAINING)
+    seed: int = setting(0, "of the draws, the head, the order of the rows, and dropout", int, group=TRAINING)
+    bf16: bool = setting(False, "bfloat16 for speed on a GPU that has it: other numbers", truth, group=TRAINING)
+    report_to: str = setting(
+        "none", "each run reports under its folder's name", choices=REPORTERS, affects=False, group=TRAINING
+    )
+    output_dir: str = setting("outputs", "the run's folder is OUTPUT_DIR/runs/<run>", affects=False, group=TRAINING)
+    trainer: dict = field(default_factory=dict)  # other fields of TrainingArguments
+
+    def __post_init__(self) -> None:
+        positive = ("num_train_epochs", "per_device_train_batch_size")
+        counts = {name: getattr(self, name) for name in positive} | {
+            name: self.trainer.get(name, 1) for name in ("per_device_eval_batch_size", "gradient_accumulation_steps")
+        }
+        for name, value in counts.items():
+            if not 0 < value < math.inf:
+                raise InputError(f"--{name} {value} is not above 0")
+        if not 0 <= self.learning_rate < math.inf:
+            raise InputError(
+                f"--learning_rate {self.learning_rate} is not a learning rate: the paper's are 1e-5 to 5e-5"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed} is not from 0 to {2**32 - 1}")
+        if self.max_steps == 0:
+            raise InputError("--max_steps 0 trains nothing: leave it out, or give a number above 0")
+        if not math.isfinite(self.kaiming_a):
+            raise InputError(f"--kaiming_a {self.kaiming_a} is not finite")
+        if self.tuning == "probe" and (self.save_model or self.save_vectors):
+            raise InputError("--tuning probe does not change the encoder: --save_model and --save_vectors need full")
+        if self.report_to != "none" and not find_spec(self.report_to):
+            raise InputError(f"--report_to {self.report_to} needs the package: pip install {self.report_to}")
+        for name, value in self.trainer.items():
+            if name in PROTOCOL and value != PROTOCOL[name]:
+                raise InputError(
+                    f"--{name} is fixed to {PROTOCOL[name]}: every run is evaluated after each epoch and keeps the best"
+                )
+
+    def flags(self) -> list[str]:
+        """The flags of train.py that say this, those at their default left out."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trainer"}
+        given = {name: value for name, value in own.items() if value != getattr(RunConfig, name)} | self.trainer
+        texts = {name: json.dumps(v) if isinstance(v, dict | list) else str(v) for name, v in given.items()}
+        return [word for name, text in texts.items() for word in (f"--{name}", text)]
+
+
+FIELDS = {f.name: f for f in fields(RunConfig) if f.name != "trainer"}
+FOUND = ("model", "corrupt", "frac", "dataset")  # stand in the settings as they were found, with fingerprints
+NEUTRAL_VALUES = {name: f.default for name, f in FIELDS.items() if f.metadata["affects"] and name not in FOUND}
+NEUTRAL_VALUES |= AFFECTS
+
+
+# ---- The command line ----
+
+
+def run_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser of RunConfig's flags. What is not given is not in its namespace."""
+    parser = make_parser(doc)
+    groups = {}
+    for name, setting in FIELDS.items():
+        about = setting.metadata
+        if about["group"] not in groups:
+            groups[about["group"]] = parser.add_argument_group(about["group"])
+        options = {"type": about["type"], "default": argparse.SUPPRESS}
+        options |= {"choices": about["choices"]} if about["choices"] else {}
+        options |= {"nargs": "?", "const": True, "metavar": "True"} if about["type"] is truth else {}
+        default = f" (default: {setting.default})" if setting.default not in (None, False) else ""
+        groups[about["group"]].add_argument(f"--{name}", help=about["help"] + default, **options)
+    parser.add_argument("--help_all", action="store_true", help="all flags of TrainingArguments, too, and exit")
+    return parser
+
+
+def parse_flags(parser: argparse.ArgumentParser, words: list[str]) -> dict:
+    """What the command line gives of RunConfig's fields. Ends the process with one line if a flag is wrong."""
+    given, others = parser.parse_known_args([with_underscores(word) for word in words])
+    given = vars(given)
+    if given.pop("help_all", False):
+        parser.print_help()
+        trainer_parser().print_help()
+        parser.exit()
+    for word in others:
+        name = word.removeprefix("--").partition("=")[0]
+        if word.startswith("--") and name not in {*PROTOCOL, *AFFECTS, *NEUTRAL}:
+            parser.error(f"unknown flag {word}: python train.py --help_all lists them all")
+    if others:
+        given["trainer"] = parse_trainer_flags(parser, others)
+    return given
+
+
+def parse_run(doc: str) -> RunConfig:
+    """The run that this process's command line asks for. Ends the process with one line if it is wrong."""
+    try:
+        return RunConfig(**parse_flags(run_parser(doc), sys.argv[1:]))
+    except InputError as error:
+        fail(error)
+
+
+def with_underscores(word: str) -> str:
+    """--max-length is --max_length."""
+    return re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
+
+
+def trainer_parser() -> argparse.ArgumentParser:
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser(TrainingArguments, usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    parser.set_defaults(**{f.name: argparse.SUPPRESS for f in fields(TrainingArguments)})
+    return parser
+
+
+def parse_trainer_flags(parser: argparse.ArgumentParser, words: list[str]) -> dict:
+    """The fields of TrainingArguments among the words, with the library's types and checks."""
+    from transformers import TrainingArguments
+
+    given, unknown = trainer_parser().parse_known_args(words)
+    if unknown:
+        parser.error(f"{unknown[0]} is not a flag: python train.py --help_all lists them all")
+    try:
+        TrainingArguments(**vars(given))
+    except Exception as error:  # its own checks are of every kind
+        parser.error(one_line(error))
+    return vars(given)
+
+
+# ---- The run ----
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose model and rows were found, but that has not begun."""
+
+    config: RunConfig  # `dataset` is a name, never a folder
+    command: str  # that does it again
+    model_folder: Path
+    revision: str | None  # of the model on the hub
+    data: dict  # the manifest of the prepared set
+    settings: dict  # all that the numbers depend on
+
+    @cached_property
+    def name(self) -> str:
+        return run_name(self.settings)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir) / "runs" / self.name
+
+    @property
+    def work_dir(self) -> Path:
+        """Where the run's files lie until it is done."""
+        return Path(self.config.output_dir) / "unfinished" / self.name
+
+    @property
+    def tensorboard(self) -> Path:
+        return Path(self.config.output_dir) / "tensorboard" / self.name
+
+
+def resolve_run(config: RunConfig, prepare: bool = True) -> Run | None:
+    """Find the model and the rows, and say all that the numbers depend on.
+
+    A data set that is missing is prepared first, and that is said; with `prepare` false the answer is then None. Raises
+    InputError. Writes nothing else. Costs a millisecond for a model and rows that were found before.
+    """
+    import corrupt  # here, and not at the top: aggregate.py reads results without torch
+    import data_prep
+
+    folder, revision = corrupt.find_model(config.model)
+    layers = corrupt.load_config(folder).num_hidden_layers
+    side, frac, _ = corrupt.select_layers(config.corrupt, config.frac, layers)
+    data = (data_prep.ensure_prepared if prepare else data_prep.up_to_date)(config.dataset, config.data_dir)
+    if data is None:
+        return None
+    name = folder.resolve().name if Path(config.model).is_dir() else paper.model_name(config.model)
+    settings = {
+        "results_version": RESULTS_VERSION,
+        "model": name,
+        "model_fingerprint": corrupt.model_fingerprint(folder),
+        "side": side,
+        "frac": str(frac),
+        "percent": float(100 * frac),
+        "dataset": data["dataset"],
+        "data_fingerprint": data["fingerprint"],
+    }
+    chosen = {name: getattr(config, name) for name in NEUTRAL_VALUES if name in FIELDS}
+    settings |= NEUTRAL_VALUES | chosen | {k: v for k, v in config.trainer.items() if k in AFFECTS}
+    command = shlex.join(["python", "train.py", *config.flags()])
+    return Run(replace(config, dataset=data["dataset"]), command, folder, revision, data, settings)
+
+
+def exact(number: float) -> str:
+    """The number in as few digits as tell it from others."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
+
+
+def run_name(settings: dict) -> str:
+    """A folder name that holds every setting that the numbers depend on, those at their neutral value left out."""
+    s = settings
+    name = (
+        f"{s['model'].replace('/', '--')}@{s['model_fingerprint'][:8]}_{s['side']}-{s['percent']:g}"
+        f"_{s['dataset']}@{s['data_fingerprint'][:8]}_{s['pooling']}_{s['tuning']}"
+        f"_lr{exact(s['learning_rate'])}_epochs{exact(s['num_train_epochs'])}_seed{s['seed']}"
+    )
+    shown = {"pooling", "tuning", "learning_rate", "num_train_epochs", "seed"}
+    others = [f"{k}={s[k]}" for k, usual in NEUTRAL_VALUES.items() if k not in shown and s.get(k, usual) != usual]
+    name = re.sub(r"[^\w@.,=+-]", "-", "_".join([name, *others])).lstrip(".-")
+    return name if len(name) <= 200 else f"{name[:183]}_{sha256(name.encode()).hexdigest()[:16]}"
+
+
+def describe_cell(settings: dict) -> str:
+    """The run's cell in words."""
+    s = settings
+    part = "uncorrupted" if s["side"] == "none" else f"{s['percent']:g} % {s['side']}"
+    how = ["", ", mean pooling"][s["pooling"] == "mean"] + ("" if s["tuning"] == "full" else f", {s['tuning']}")
+    return f"{s['model']}, {part}, {s['dataset']}{how}"
+
+
+def describe_result(settings: dict, result: dict) -> str:
+    """The run and its F1 in a line."""
+    how = "" if settings["no_unpadding"] or result["speed"]["unpadded"] else ", with padding"
+    return (
+        f"{describe_cell(settings)}{how}, learning rate {settings['learning_rate']:g}, seed {settings['seed']}: "
+        f"weighted F1 {100 * result['weighted_f1']:.2f} % (epoch {result['best_epoch']:.3g} of {result['epochs']})"
+    )

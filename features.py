@@ -1,0 +1,134 @@
+"""What many runs read and one computes: token ids, and the encoder's outputs for a linear probe.
+
+Tokens are computed once for each (data set, tokenizer, length), the encoder's outputs for a probe once for each (model,
+corruption, data set, pooling). The process that comes first computes them; the others wait and read them from disk.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from common import InputError, atomic_write, file_lock, one_line, sha256_of
+
+
+def key_of(settings: dict) -> str:
+    return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cached_map(
+    parts: datasets.DatasetDict, function: Callable, folder: Path, **options: object
+) -> datasets.DatasetDict:
+    """`parts` mapped by `function`, in Arrow files in `folder`, memory-mapped; computed only if they are not there.
+
+    Each file has its sha256 beside it: a file that is not what was written is made again, and that is said. `options`
+    go to `datasets.Dataset.map`. Raises InputError where `folder` cannot be written.
+    """
+    mapped = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with file_lock(folder.with_name(f".{folder.name}.lock")):
+            for part, rows in parts.items():
+                path, digest = folder / f"{part}.arrow", folder / f"{part}.sha256"
+                if path.exists() and not (digest.exists() and digest.read_text() == sha256_of(path)):
+                    print(f"{path} is not what was written: making it again", file=sys.stderr)
+                    path.unlink()
+                mapped[part] = rows.map(
+                    function, batched=True, cache_file_name=str(path), new_fingerprint=key_of({path.name: folder.name}),
+                    **options,
+                )  # fmt: skip
+                if not digest.exists() or digest.read_text() != sha256_of(path):
+                    with atomic_write(digest) as aside:
+                        aside.write_text(sha256_of(path))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {one_line(error)}") from error
+    return datasets.DatasetDict(mapped)
+
+
+def tokenise(
+    data: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path
+) -> tuple[datasets.DatasetDict, np.ndarray]:
+    """Token ids, and the row numbers of the test split, which is sorted by length so that its batches need no padding.
+
+    Pairs are truncated longest first and keep the tokenizer's segments. The tokens are kept in `folder`.
+    """
+    columns = [name for name in data["train"].column_names if name != "label"]
+
+    def encode(rows: dict) -> dict:
+        tokens = tokenizer(*(rows[column] for column in columns), truncation="longest_first", max_length=max_length)
+        return {**tokens, "length": [len(ids) for ids in tokens["input_ids"]]}
+
+    tokens = cached_map(data, encode, folder, remove_columns=columns)
+    order = np.argsort(tokens["test"]["length"], kind="stable")
+    tokens["test"] = tokens["test"].select(order)
+    return tokens, order
+
+
+# ---- The linear probe's features (Table 4) ----
+
+
+class CachedEncoder(nn.Module):
+    """Stands in the place of a frozen encoder: gives the head the outputs that the encoder gave before.
+
+    They come as `inputs_embeds`, shape (rows, hidden size): the pooler's output where there is one, else position 0.
+    """
+
+    def forward(self, input_ids: None = None, inputs_embeds: torch.Tensor = None, **_: object) -> ModelOutput:
+        return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds.unsqueeze(1), pooler_output=inputs_embeds)
+
+
+def encoder_output(model: PreTrainedModel, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+    output = model.base_model(**tokens)
+    return output.last_hidden_state[:, 0] if output.get("pooler_output") is None else output.pooler_output
+
+
+@torch.no_grad()
+def probe_features(
+    model: PreTrainedModel,
+    data: datasets.DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    batch_size: int,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> datasets.DatasetDict:
+    """The frozen encoder's outputs for all rows of `data` (tokens), computed once, with dropout off, in `folder`.
+
+    Leaves the model with `CachedEncoder` in the place of its encoder, so that what trains is its head alone. Raises
+    InputError if the head then gives other logits than the whole model does.
+    """
+    model.eval().to(device)
+    orders = {part: np.argsort(rows["length"], kind="stable") for part, rows in data.items()}
+    by_length = datasets.DatasetDict({part: rows.select(orders[part]) for part, rows in data.items()})
+
+    def batch_of(rows: dict) -> dict[str, torch.Tensor]:
+        tokens = {name: rows[name] for name in tokenizer.model_input_names if name in rows}
+        return tokenizer.pad(tokens, return_tensors="pt").to(device)
+
+    def encode(rows: dict) -> dict:
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            return {"inputs_embeds": encoder_output(model, batch_of(rows)).float().cpu().numpy()}
+
+    others = [name for name in data["train"].column_names if name not in ("label", "length")]
+    outputs = cached_map(by_length, encode, folder, batch_size=batch_size, remove_columns=others)
+
+    few = by_length["test"][:8]
+    logits = model(**batch_of(few)).logits
+    setattr(model, model.base_model_prefix, CachedEncoder())
+    outputs = datasets.DatasetDict({part: rows.select(np.argsort(orders[part])) for part, rows in outputs.items()})
+    of_few = outputs["test"].select(orders["test"][:8]).with_format("torch")["inputs_embeds"][:]
+    if not torch.allclose(model(inputs_embeds=of_few.to(device)).logits, logits, atol=1e-1 if autocast else 1e-4):
+        raise InputError(
+            f"{type(model).__name__} cannot be probed: its head reads more than position 0 or the pooler's output, or "
+            f"{folder} holds another encoder's outputs: delete it, or use --tuning full"
+        )
+    return outputs.with_format("torch")

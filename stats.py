@@ -1,0 +1,153 @@
+"""Statistics of runs and cells, as functions of frames alone: they read no file and print nothing. F1 is in percent.
+
+Used by aggregate.py.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from paper import CLAIMS
+
+HALVES = ["picked_on_a", "then_on_b", "picked_on_b", "then_on_a"]  # F1 on the two halves of the test split
+COMPARED = ["rows", "f1_bottom", "f1_top", "difference", "low", "high"]
+COMPARED += ["n_only_bottom_correct", "n_only_top_correct", "p_mcnemar"]
+COLLAPSED = 0.99  # of the predictions are one class
+RESAMPLES = 10_000
+
+
+# ---- One run ----
+
+
+def picked_on_halves(epochs: pd.DataFrame, expected: int) -> dict[str, float]:
+    """The F1 of the best epoch on either half of the test split, and that epoch's F1 on the other half."""
+    if len(epochs) != expected:
+        raise ValueError(f"{len(epochs)} epochs of {expected}")
+    half_a, half_b = 100 * epochs["weighted_f1_half_a"], 100 * epochs["weighted_f1_half_b"]
+    if not (half_a.between(0, 100) & half_b.between(0, 100)).all():
+        raise ValueError("an F1 is not from 0 to 1")
+    on_a, on_b = half_a.idxmax(), half_b.idxmax()
+    return dict(zip(HALVES, (half_a[on_a], half_b[on_a], half_b[on_b], half_a[on_b]), strict=True))
+
+
+def collapse_stats(predictions: pd.DataFrame) -> dict[str, float | bool]:
+    """The share of the most predicted class (percent), and whether the run is collapsed: at least 99 %.
+
+    `constant_f1`, of a collapsed run, is the F1 of predicting only that class: 2p^2 / (1 + p), where p is the class's
+    share in the labels. Section 4.4's outliers are such numbers.
+    """
+    shares = predictions["prediction"].value_counts(normalize=True)
+    collapsed = bool(shares.iloc[0] >= COLLAPSED)
+    p = (predictions["label"] == shares.index[0]).mean()
+    constant_f1 = 100 * 2 * p**2 / (1 + p) if collapsed else np.nan
+    return {"most_predicted": 100 * shares.iloc[0], "collapsed": collapsed, "constant_f1": constant_f1}
+
+
+# ---- The runs of a cell ----
+
+
+def same_seeds(runs: pd.DataFrame, cell: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The runs whose seed every learning rate of their cell has, and a line for each cell that loses runs by it.
+
+    Only these compare the learning rates fairly. A cell in which no seed has all learning rates keeps its runs, and
+    has a line too.
+    """
+    kept, notes = [], []
+    for key, group in runs.groupby(cell):
+        seeds = [set(of_rate) for _, of_rate in group.groupby("learning_rate")["seed"]]
+        common = set.intersection(*seeds)
+        if any(of_rate != common for of_rate in seeds):
+            taken = f"only {sorted(common)} are compared" if common else "none is common, each mean is over its own"
+            notes.append(f"{in_words(key)}: learning rates have different seeds: {taken}")
+        kept.append(group[group["seed"].isin(common)] if common else group)
+    return pd.concat(kept), notes
+
+
+def in_words(key: tuple) -> str:
+    return " ".join(f"{part}" for part in key if part != "")
+
+
+def pick_learning_rate(runs: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
+    """A row for each cell, which is its index: the best learning rate's mean and deviation of F1 over its seeds.
+
+    That is the paper's protocol (section 4.1): test F1 picks learning rate and epoch. `cross_fitted` picks them on one
+    half of the test split and reads the other, both ways round, averaged; `selection_bias` is the first minus the
+    second. `lr_at_grid_edge`: the best learning rate is the lowest or the highest tried, so a better one may lie
+    outside.
+    """
+    tried = runs.groupby([*cell, "learning_rate"])
+    mean = tried[["f1", "constant_f1", *HALVES]].mean()
+    mean = mean.assign(f1_std=tried["f1"].std(), seeds=tried["seed"].nunique(), layers=tried["layers"].first())
+    mean = mean.assign(
+        collapsed=tried["collapsed"].any(), collapsed_runs=tried["collapsed"].sum(), runs=tried["run"].agg(" ".join)
+    ).reset_index()
+    best = {}
+    for score in ("f1", "picked_on_a", "picked_on_b"):
+        ranked = mean.sort_values([score, "learning_rate"], ascending=[False, True])
+        best[score] = ranked.drop_duplicates(cell).set_index(cell).sort_index()
+    cells, rates = best["f1"], mean.groupby(cell)["learning_rate"]
+    cells["cross_fitted"] = (best["picked_on_a"]["then_on_b"] + best["picked_on_b"]["then_on_a"]) / 2
+    cells["selection_bias"] = cells["f1"] - cells["cross_fitted"]
+    at_edge = cells["learning_rate"].eq(rates.min()) | cells["learning_rate"].eq(rates.max())
+    cells["lr_at_grid_edge"] = at_edge.astype("boolean").where(rates.size() > 1)
+    return cells.assign(learning_rates_tried=rates.agg(lambda rates: " ".join(f"{rate:g}" for rate in rates)))
+
+
+# ---- Several cells ----
+
+
+def count_claims(cells: pd.DataFrame) -> list[tuple[int, int]]:
+    """For each of CLAIMS, in one table's cells: how many comparisons hold it, strictly, and of how many.
+
+    Compared are each corrupted cell with the uncorrupted one; each degree with the next one that is there, along
+    bottom and along top; bottom with top at the same degree.
+    """
+    counts = [(0, 0)] * len(CLAIMS)
+    for _, group in cells.groupby(["model", "variant", "dataset"]):
+        f1, uncorrupted = group.set_index(["percent", "side"])["f1"].to_dict(), (0, "none")
+        paths = [sorted(cell for cell in f1 if cell[1] in ("none", side, "all")) for side in ("bottom", "top")]
+        lower_higher = (
+            {(cell, uncorrupted) for cell in f1 if cell != uncorrupted and uncorrupted in f1},
+            {(more, less) for path in paths for less, more in pairwise(path)},
+            {(cell, (cell[0], "top")) for cell in f1 if cell[1] == "bottom" and (cell[0], "top") in f1},
+        )
+        held = [sum(f1[low] < f1[high] for low, high in pairs) for pairs in lower_higher]
+        counts = [(n + h, of + len(p)) for (n, of), h, p in zip(counts, held, lower_higher, strict=True)]
+    return counts
+
+
+def weighted_f1(counts: np.ndarray, labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """Weighted F1 (0 to 1) for each row of `counts`, which says how often each (label, prediction) occurs."""
+    classes = np.union1d(labels, predictions)
+    true, predicted = labels[:, None] == classes, predictions[:, None] == classes
+    support, guesses, hits = (counts @ part.astype(float) for part in (true, predicted, true & predicted))
+    return (support * 2 * hits / np.maximum(support + guesses, 1)).sum(-1) / support.sum(-1)
+
+
+def compare_paired(bottom: list[pd.DataFrame], top: list[pd.DataFrame]) -> dict[str, float]:
+    """COMPARED, from each seed's predictions on the same test rows; `difference` is top - bottom.
+
+    `low` and `high` are the percentile bootstrap's 95 % interval over test rows. Rows with the same label and
+    predictions are exchangeable: to draw how often each such pattern occurs is to draw rows. With several seeds, F1 is
+    averaged over them on the same drawn rows, and the counts of rows that only one side predicts correctly are added:
+    McNemar's exact two-sided p then takes the seeds as independent, and is too small where they are not.
+    """
+    labels = bottom[0]["label"].to_numpy()
+    guesses = [frame["prediction"].to_numpy() for pair in zip(bottom, top, strict=True) for frame in pair]
+    patterns, counts = np.unique(np.column_stack([labels, *guesses]), axis=0, return_counts=True)
+    label, sides = patterns[:, 0], (patterns[:, 1::2].T, patterns[:, 2::2].T)
+
+    def f1(counts: np.ndarray) -> list[np.ndarray]:
+        return [np.mean([100 * weighted_f1(counts, label, seed) for seed in side], axis=0) for side in sides]
+
+    f1_bottom, f1_top = (mean.item() for mean in f1(counts[None]))
+    random = np.random.default_rng(0)
+    drawn = (random.multinomial(len(labels), counts / len(labels), size=500) for _ in range(RESAMPLES // 500))
+    low, high = np.quantile(np.concatenate([top - bottom for bottom, top in map(f1, drawn)]), [0.025, 0.975])
+    correct = [side == label for side in sides]
+    only_bottom, only_top = (int((one & ~other).sum(0) @ counts) for one, other in (correct, correct[::-1]))
+    p = binomtest(only_bottom, only_bottom + only_top).pvalue if only_bottom + only_top else 1.0
+    values = (len(labels), f1_bottom, f1_top, f1_top - f1_bottom, low, high, only_bottom, only_top, p)
+    return dict(zip(COMPARED, values, strict=True))
