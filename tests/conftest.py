@@ -1,16 +1,14 @@
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser, sync_playwright
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import config
 import corrupt
 import data_prep
 import train
@@ -27,11 +25,11 @@ ARCHITECTURES = {
 }
 
 
-def random_model(architecture: str, folder: Path, **config: object) -> Path:
+def random_model(architecture: str, folder: Path, **changes: object) -> Path:
     """A two-layer encoder of the architecture with random weights, and BERT's tokenizer."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, vocab_size=30_522, **ARCHITECTURES[architecture], **config)
-    model = AutoModel.from_config(config)
+    shape = AutoConfig.for_model(architecture, vocab_size=30_522, **ARCHITECTURES[architecture], **changes)
+    model = AutoModel.from_config(shape)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
@@ -45,7 +43,7 @@ def random_model(architecture: str, folder: Path, **config: object) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
-    train.quieten()
+    train.silence_libraries()
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +51,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer BERT with random weights, none of them at the value that corruption gives, and a real tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    model = BertModel(config)
+    model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
@@ -71,13 +68,14 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data_dir
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """Chromium: the system's, or the one that `python -m playwright install chromium` brings."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next(filter(None, map(shutil.which, names)), None)
-    quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=quiet)
-        yield chromium
-        chromium.close()
+@pytest.fixture
+def flags(tiny_bert: Path, small_data: Path, tmp_path: Path) -> list[str]:
+    """A run of two epochs of three steps on texts of many lengths, in the test's own output folder."""
+    where = ["--model", str(tiny_bert), "--dataset", "rotten_tomatoes", "--data_dir", str(small_data)]
+    what = ["--num_train_epochs", "2", "--learning_rate", "1e-3", "--disable_tqdm", "True"]
+    return [*where, *what, "--output_dir", str(tmp_path / "outputs")]
+
+
+def run_of(flags: list[str]) -> config.Run:
+    """The run that the flags of train.py ask for."""
+    return config.resolve_run(config.RunConfig(**config.parse_flags(config.run_parser(train.__doc__), flags)))
