@@ -56,7 +56,7 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
 
     F1, accuracy and shares are in percent; the rows are sorted, so that the order of the folders does not matter.
     """
-    settings, measured, predictions, failures, problems = {}, {}, {}, [], []
+    settings, rows, predictions, failures, problems = {}, {}, {}, [], []
     for path in sorted([*output_dir.glob("runs/*/result.json"), *output_dir.glob("runs/*/failure.json")]):
         name, file = path.parent.name, path.name
         try:
@@ -71,21 +71,21 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
             file = "epochs.csv"
             row |= stats.picked_on_halves(pd.read_csv(path.with_name(file)), result["epochs"])
             file = "predictions.csv.gz"
-            predicted = pd.read_csv(path.with_name(file), usecols=["row", "label", "prediction"], dtype="int32")
-            row |= stats.collapse_stats(predicted)
-            settings[name], measured[name], predictions[name] = result["settings"], row, predicted
+            frame = pd.read_csv(path.with_name(file), usecols=["row", "label", "prediction"], dtype="int32")
+            row |= stats.collapse_stats(frame)
+            settings[name], rows[name], predictions[name] = result["settings"], row, frame
         except UNREADABLE as error:
             why = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
             problems.append(f"{path.parent} is left out: {file}: {why}; delete the folder and do the run again")
-    if not measured:
+    if not rows:
         advice = f"{output_dir}/runs holds no result: run bash run_all.sh, or python train.py, first"
         raise InputError("\n".join([*problems, *failures, advice]))
-    runs = pd.DataFrame(measured.values(), index=list(measured))
+    runs = pd.DataFrame(rows.values(), index=list(rows))
     runs.insert(1, "variant", variants(settings))
     runs = runs.sort_values([*CELL, "learning_rate", "seed", "run"], ignore_index=True)
-    again = runs.duplicated([*CELL, "learning_rate", "seed"])
-    problems += [f"{output_dir}/runs/{run} is left out: another has the same settings" for run in runs["run"][again]]
-    return runs[~again].reset_index(drop=True), predictions, failures, problems
+    copies = runs.duplicated([*CELL, "learning_rate", "seed"])
+    problems += [f"{output_dir}/runs/{run} is left out: another has the same settings" for run in runs["run"][copies]]
+    return runs[~copies].reset_index(drop=True), predictions, failures, problems
 
 
 def result_row(result: dict) -> dict:
@@ -116,8 +116,8 @@ def variants(settings_of: dict[str, dict]) -> pd.Series:
     own = settings.drop(columns=[*(set(CELL) & set(settings)), "frac", "learning_rate", "seed"]).astype(object)
     own = own.where(own.notna(), None).map(lambda value: json.dumps(value, sort_keys=True).strip('"'))
     differs = own.groupby(by).transform("nunique") > 1
-    shown = own.apply(lambda column: column.str[:8] if column.name.endswith("_fingerprint") else column)
-    variant = [", ".join(f"{name}={shown.at[run, name]}" for name in own if differs.at[run, name]) for run in own.index]
+    texts = own.apply(lambda column: column.str[:8] if column.name.endswith("_fingerprint") else column)
+    variant = [", ".join(f"{name}={texts.at[run, name]}" for name in own if differs.at[run, name]) for run in own.index]
     variant = pd.Series(variant, index=own.index)
     for column, kinds in variant.groupby(by):
         if kinds.nunique() > 1:
@@ -127,15 +127,15 @@ def variants(settings_of: dict[str, dict]) -> pd.Series:
 
 def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each cell, with the number of its table, if it has one."""
-    kept, notes = stats.same_seeds(runs, CELL)
+    comparable, notes = stats.same_seeds(runs, CELL)
     for note in notes:
         warn(note)
-    cells = stats.pick_learning_rate(kept, CELL).reset_index()
+    cells = stats.pick_learning_rate(comparable, CELL).reset_index()
     tables = [table_of(*of) for of in zip(cells["pooling"], cells["tuning"], cells["dataset"], strict=True)]
     cells["table"] = pd.array(tables, dtype="str")
-    shown = ["f1", "f1_std", "cross_fitted", "selection_bias", "seeds"]
-    shown += ["learning_rate", "learning_rates_tried", "lr_at_grid_edge"]
-    return cells[["table", *CELL, *shown, "collapsed", "collapsed_runs", "constant_f1", "layers", "runs"]]
+    columns = ["f1", "f1_std", "cross_fitted", "selection_bias", "seeds"]
+    columns += ["learning_rate", "learning_rates_tried", "lr_at_grid_edge"]
+    return cells[["table", *CELL, *columns, "collapsed", "collapsed_runs", "constant_f1", "layers", "runs"]]
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -154,7 +154,7 @@ def paper_table(cells: pd.DataFrame) -> PaperTable:
 
     A row for each model and degree of corruption, columns `<data set> bottom` and `<data set> top`. 0 % and 100 % have
     no side: the paper prints one number across both columns, here it stands in both. `std` is empty where there is one
-    seed. Missing are cells in the rows and columns that are there.
+    seed. `missing` counts the cells in these rows and columns that were not run.
     """
     columns = pd.MultiIndex.from_product([in_order(cells["dataset"], DATASETS), ["bottom", "top"]])
     cells = cells.assign(model=pd.Categorical(cells["model"], in_order(cells["model"], MODELS)), cell=cells.index)
@@ -178,13 +178,13 @@ def paper_table(cells: pd.DataFrame) -> PaperTable:
 
 def format_cells(table: PaperTable, bold: str, red: str) -> pd.DataFrame:
     """The table's texts, the higher of bottom and top in bold, collapsed ones in red; with the deviation over seeds."""
-    shown, number = table.text.copy(), table.text[list(table.collapsed)].apply(pd.to_numeric)
+    texts, number = table.text.copy(), table.text[list(table.collapsed)].apply(pd.to_numeric)
     for bottom, top in zip(list(number)[::2], list(number)[1::2], strict=True):
         for column, other in ((bottom, top), (top, bottom)):
-            shown.loc[table.collapsed[column], column] = shown[column].map(red.format)
-            shown.loc[number[column] > number[other], column] = shown[column].map(bold.format)
-    shown[list(table.std)] += table.std
-    return shown
+            texts.loc[table.collapsed[column], column] = texts[column].map(red.format)
+            texts.loc[number[column] > number[other], column] = texts[column].map(bold.format)
+    texts[list(table.std)] += table.std
+    return texts
 
 
 def markdown(table: PaperTable) -> str:
@@ -196,17 +196,17 @@ def markdown(table: PaperTable) -> str:
 
 def latex(table: PaperTable) -> str:
     """A tabular for \\input; the number of 0 % and 100 % stands across bottom and top, as in the paper."""
-    shown = format_cells(table, r"\textbf{{{}}}", r"\textcolor{{red}}{{{}}}")
-    across = shown["corruption"].str.match(r"(0|100)%")
+    texts = format_cells(table, r"\textbf{{{}}}", r"\textcolor{{red}}{{{}}}")
+    across = texts["corruption"].str.match(r"(0|100)%")
     for bottom, top in zip(list(table.collapsed)[::2], list(table.collapsed)[1::2], strict=True):
-        shown.loc[across, bottom] = shown[bottom].map(r"\multicolumn{{2}}{{c}}{{{}}}".format)
-        shown.loc[across, top] = "@"
-    shown = shown.set_index(["model", "corruption"]).rename_axis([None, None])
-    shown.columns = pd.MultiIndex.from_tuples([(name.rpartition(" ")[0], name.split()[-1].title()) for name in shown])
-    style = shown.style.format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
-    form = {"column_format": "ll" + "c" * shown.shape[1], "multicol_align": "c", "multirow_align": "naive"}
+        texts.loc[across, bottom] = texts[bottom].map(r"\multicolumn{{2}}{{c}}{{{}}}".format)
+        texts.loc[across, top] = "@"
+    texts = texts.set_index(["model", "corruption"]).rename_axis([None, None])
+    texts.columns = pd.MultiIndex.from_tuples([(name.rpartition(" ")[0], name.split()[-1].title()) for name in texts])
+    style = texts.style.format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
+    form = {"column_format": "ll" + "c" * texts.shape[1], "multicol_align": "c", "multirow_align": "naive"}
     text = style.to_latex(**form, hrules=True, clines="skip-last;data")
-    rule = f"\\cline{{1-{2 + shown.shape[1]}}}\n"
+    rule = f"\\cline{{1-{2 + texts.shape[1]}}}\n"
     text = text.replace(rule + r"\bottomrule", r"\bottomrule").replace(rule, "\\midrule\n").replace(" & @", "")
     packages = "% needs \\usepackage{booktabs} and \\usepackage{xcolor}; red: a run with 99 % of one class\n"
     return packages + text.replace(" &  & Bottom", "Model & Corruption & Bottom", 1)
@@ -261,17 +261,17 @@ def main() -> None:
         runs, predictions, failures, problems = read_runs(output_dir)
         cells, paper = make_cells(runs), published_cells()
         pairs, unpaired = bottom_top(cells, runs, predictions)
-        placed = cells.dropna(subset="table")
-        tables = {n: paper_table(placed[placed["table"] == n]) for n in TABLES if n in set(placed["table"])}
-        claims = claims_table(placed, paper)
-        frames = {"results": runs, "cells": cells, "comparison": compare(placed, paper), "claims": claims}
+        in_tables = cells.dropna(subset="table")
+        tables = {n: paper_table(in_tables[in_tables["table"] == n]) for n in TABLES if n in set(in_tables["table"])}
+        claims = claims_table(in_tables, paper)
+        frames = {"results": runs, "cells": cells, "comparison": compare(in_tables, paper), "claims": claims}
         frames |= {"bottom_top": pairs, **{f"table{n}": table.text for n, table in tables.items()}}
         files = {f"{name}.csv": frame.to_csv(index=False) for name, frame in frames.items()}
         for n, table in tables.items():
             files |= {f"table{n}.md": markdown(table), f"table{n}.tex": latex(table)}
-        with ExitStack() as written:  # all or none
+        with ExitStack() as stack:  # all files or none
             for name, text in files.items():
-                written.enter_context(atomic_write(output_dir / name)).write_text(text)
+                stack.enter_context(atomic_write(output_dir / name)).write_text(text)
         for name in {f"table{n}.{kind}" for n in TABLES for kind in ("csv", "md", "tex")} - files.keys():
             (output_dir / name).unlink(missing_ok=True)  # of runs that are no longer there
     except (InputError, OSError) as error:
@@ -284,9 +284,9 @@ def main() -> None:
         short[name] = claims[f"{name}_holds"].astype(str) + "/" + claims[f"{name}_compared"].astype(str)
     print(f"Claims: how many comparisons hold, of those that can be made\n\n{short.to_markdown(index=False)}\n")
     missing = sum(table.missing for table in tables.values())
-    print("\n".join([f"{len(placed)} cells from {len(runs)} runs, {missing} cells missing", *failures]))
-    if len(cells) > len(placed):
-        warn(f"{len(cells) - len(placed)} cells are of a pooling and tuning that no table has: see cells.csv")
+    print("\n".join([f"{len(in_tables)} cells from {len(runs)} runs, {missing} cells missing", *failures]))
+    if len(cells) > len(in_tables):
+        warn(f"{len(cells) - len(in_tables)} cells are of a pooling and tuning that no table has: see cells.csv")
     print(f"-> {output_dir}/{', '.join(files)}")
     if problems + unpaired:
         sys.exit("\n".join(problems + unpaired))  # on stderr, with exit code 1

@@ -5,6 +5,7 @@ and nothing is left over for the next. Used by grid.py.
 """
 
 import atexit
+import gc
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from threading import Thread
@@ -59,10 +61,9 @@ class LocalPool:
     def __init__(self, layout: WorkerLayout) -> None:
         self.layout, self.running = layout, {}
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["train"])
 
     def close(self) -> None:
-        for _, _, process, _ in self.running.values():
+        for _, _, process in self.running.values():
             process.kill()
             process.join()
 
@@ -80,16 +81,21 @@ class LocalPool:
                 answer, to_answer = self.context.Pipe(duplex=False)
                 given = (run, wait_for_others, self.layout.threads, gpu, to_answer)
                 process = self.context.Process(target=run_in_process, args=given)
+                start_server()
                 process.start()
                 to_answer.close()  # so that the process's end is seen
-                self.running[process.sentinel] = run, gpu, process, answer
-            for sentinel in wait(list(self.running)):
-                run, gpu, process, answer = self.running.pop(sentinel)
+                self.running[answer] = run, gpu, process
+            for answer in wait(list(self.running)):
+                run, gpu, process = self.running.pop(answer)
+                try:
+                    outcome = answer.recv()
+                except (EOFError, OSError):
+                    outcome = None
                 process.join()
                 free.append(gpu)
-                try:
-                    yield Outcome(run, *answer.recv())
-                except EOFError:
+                if outcome:
+                    yield Outcome(run, *outcome)
+                else:
                     killed[run.name] += 1
                     if killed[run.name] == 1:
                         waiting.appendleft(run)
@@ -99,16 +105,27 @@ class LocalPool:
                         yield Outcome(run, "failed", f"{run.folder}: {KILLED}")
 
 
+def start_server() -> None:
+    """Start the server of processes if none is running: it imports `train` from here, not from the working directory.
+
+    It and its processes leave Ctrl-C to the grid: a signal that is ignored stays so in what is started meanwhile.
+    """
+    forkserver.set_forkserver_preload(["train"])
+    path, handler = os.environ.get("PYTHONPATH"), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), path]))
+    os.environ["PYTHONSAFEPATH"] = "1"
+XXX
+
 def run_in_process(run: Run, wait_for_others: bool, threads: int, gpu: str | None, answer: Connection) -> None:
-    """A process for one run: it leaves the console and Ctrl-C to the grid, and ends when the grid ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A process for one run: it leaves the console to the grid, and ends when the grid ends."""
     Thread(target=end_with_parent, daemon=True).start()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):  # until the run's log takes them
         os.dup2(nowhere, descriptor)
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    import torch  # the server has imported both already
+    gc.freeze()  # what the server has imported need not be looked at again
+    import torch
 
     import train
 

@@ -19,6 +19,7 @@ import signal
 import sys
 from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import config
@@ -88,11 +89,9 @@ from config import Run, RunConfig
 
 
 def corruptions(sweep: paper.Sweep, layers: int) -> list[dict]:
-    """The corruptions of a model with so many layers, 0 % first: fields of RunConfig. Says which parts do not fit."""
+    """The corruptions of a model with so many layers, 0 % first: fields of RunConfig."""
     chosen = []
-    for frac in sweep.frac:
-        if (frac * layers).denominator > 1:
-            continue
+    for frac in (frac for frac in sweep.frac if (frac * layers).denominator == 1):
         sides = {0: ("none",), 1: ("all",)}.get(frac, ("bottom", "top"))
         for side in (side for side in sides if side in sweep.corrupt):
             chosen.append({"corrupt": {"all": "bottom"}.get(side, side), "frac": frac} if frac else {})
@@ -102,20 +101,22 @@ def corruptions(sweep: paper.Sweep, layers: int) -> list[dict]:
 def expand(preset: tuple[paper.Sweep, ...], axes: dict[str, tuple], shared: dict | None = None) -> list[RunConfig]:
     """Every run of a preset, once each. `axes` take the place of the preset's own; every run gets the fields `shared`.
 
-    Raises InputError if there is none.
+    A part of the layers that does not fit a model is left out; if the user named it, that is said. Raises InputError if
+    no run is left.
     """
-    runs: dict[RunConfig, RunConfig] = {}
-    for sweep in preset:
-        sweep = replace(sweep, **axes)
+    runs: dict[str, RunConfig] = {}
+    for sweep in (replace(sweep, **axes) for sweep in preset):
         fixed = {name: getattr(sweep, name) for name in ("pooling", "tuning", "num_train_epochs", "save_vectors")}
-        for model in sweep.model:
-            for dataset in sweep.dataset:
-                for corruption in corruptions(sweep, cost.shape_of(model).num_hidden_layers):
-                    for rate in sweep.learning_rate:
-                        for seed in sweep.seed:
-                            cell = {"model": model, "dataset": dataset, "learning_rate": rate, "seed": seed}
-                            run = RunConfig(**fixed | cell | corruption | (shared or {}))
-                            runs.setdefault(str(replace(run, save_vectors=False)), run)
+        for model, dataset in product(sweep.model, sweep.dataset):
+            chosen = corruptions(sweep, cost.shape_of(model).num_hidden_layers)
+            for corruption, rate, seed in product(chosen, sweep.learning_rate, sweep.seed):
+                cell = {"model": model, "dataset": dataset, "learning_rate": rate, "seed": seed}
+                run = RunConfig(**fixed | cell | corruption | (shared or {}))
+                runs.setdefault(str(replace(run, save_vectors=False)), run)
+    for model, frac in product(dict.fromkeys(run.model for run in runs.values()), axes.get("frac", ())):
+        layers = cost.shape_of(model).num_hidden_layers
+        if (frac * layers).denominator > 1:
+            print(f"{model}: --frac {frac} is left out: not a whole number of its {layers} layers", file=sys.stderr)
     if not runs:
         raise InputError("no cell is left: a --frac must be a whole number of layers, a --corrupt belong to it")
     return list(runs.values())

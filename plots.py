@@ -1,4 +1,4 @@
-"""Draw every figure: F1 by epoch and F1 against the corrupted fraction, for report.py, and the paper's Figure 1.
+"""Draw the paper's Figure 1 and, for report.py, F1 by epoch and F1 against the corrupted fraction.
 
     python plots.py                          # Figure 1 of every model and data set whose runs kept their vectors
     python plots.py --model bert-base-uncased --dataset ag_news --frac 1/4
@@ -139,28 +139,29 @@ def draw_epochs(cells: pd.DataFrame, epochs: dict[str, pd.DataFrame]) -> Figure:
 def draw_fraction(cells: pd.DataFrame, name: str) -> Figure:
     """Weighted F1 against the corrupted part of the layers, one panel for each model; the reference's in thin lines."""
     figure, axes = make_panels(cells, legend=2)
-    shown = {}
+    artists = {}
     for panel, group in axes:
         for whose, looks in (("", {}), ("_reference", {"linewidth": 0.7, "markerfacecolor": "none", "alpha": 0.75})):
-            present = group.dropna(subset=f"f1{whose}").sort_values("percent")
+            rows = group.dropna(subset=f"f1{whose}").sort_values("percent")
             for side, words in (("none", "uncorrupted"), ("all", "100 % corrupted")):
-                if not whose and len(level := present.loc[present["side"] == side, "f1"]):
+                if not whose and len(level := rows.loc[rows["side"] == side, "f1"]):
                     colour, dash, _ = LINES[side]
                     style = {"color": colour, "linestyle": (0, (4, 2)) if side == "none" else dash, "linewidth": 0.8}
-                    shown[words] = panel.axhline(level.item(), **style)
+                    artists[words] = panel.axhline(level.item(), **style)
             for side in ("bottom", "top"):
-                path = present[present["side"].isin(["none", side, "all"])]
+                path = rows[rows["side"].isin(["none", side, "all"])]
                 if not len(path):
                     continue
                 colour, dash, marker = LINES[side]
                 style = {"color": colour, "linestyle": dash, "marker": marker, **looks}
                 error = None if whose or path["f1_std"].isna().all() else path["f1_std"].fillna(0)
-                drawn = panel.errorbar(path["percent"], path[f"f1{whose}"], error, elinewidth=0.7, capsize=1.5, **style)
-                shown[f"{side}, {name}" if whose else side] = drawn
+                bars = {"yerr": error, "elinewidth": 0.7, "capsize": 1.5}
+                artist = panel.errorbar(path["percent"], path[f"f1{whose}"], **bars, **style)
+                artists[f"{side}, {name}" if whose else side] = artist
         panel.set_xticks(sorted({0, 100, *cells["percent"]}))  # the panels share their ticks
     panel.set_xlabel("corrupted encoder layers (%)")
     order = ["bottom", "top", "uncorrupted", "100 % corrupted", f"bottom, {name}", f"top, {name}"]
-    handles = {words: shown[words] for words in order if words in shown}
+    handles = {words: artists[words] for words in order if words in artists}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2 if len(handles) <= 4 else 3)
     return figure
 
@@ -172,9 +173,9 @@ def save(figure: Figure, path: Path) -> Markup:
     for kind, options in (("png", {"dpi": 300}), ("pdf", {"metadata": {"CreationDate": None}})):
         with atomic_write(path.with_name(f"{path.name}.{kind}")) as aside:
             figure.savefig(aside, facecolor="white", **options)
-    drawn = StringIO()
-    figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    svg = drawn.getvalue()
+    text = StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     for colour, variable in THEME.items():
         svg = svg.replace(colour, variable)
@@ -184,7 +185,7 @@ def save(figure: Figure, path: Path) -> Markup:
 @rc_context(STYLE)
 def draw_all(both: pd.DataFrame, epochs: dict[str, pd.DataFrame], name: str, folder: Path) -> list[dict]:
     """Two figures for each table and data set, as files in `folder` and for the page."""
-    drawn = []
+    figures = []
     for table in in_order(both["table"], TABLES):
         of_table = both[both["table"] == table]
         for dataset in in_order(of_table["dataset"], DATASETS):
@@ -192,8 +193,8 @@ def draw_all(both: pd.DataFrame, epochs: dict[str, pd.DataFrame], name: str, fol
             for kind, figure in (("fraction", draw_fraction(cells, name)), ("epochs", draw_epochs(cells, epochs))):
                 stem = f"table{table}_{dataset}_{kind}"
                 of = {"table": table, "dataset": dataset_title(dataset), "kind": kind, "stem": stem}
-                drawn.append(of | {"svg": save(figure, folder / stem)})
-    return drawn
+                figures.append(of | {"svg": save(figure, folder / stem)})
+    return figures
 
 
 # ---- Figure 1 ----
@@ -203,10 +204,10 @@ def panel_title(side: str, percent: float) -> str:
     return f"{percent:g} % {side}" if side in ("top", "bottom") else f"{percent:g} %"
 
 
-def choose_runs(output_dir: Path, asked: dict[str, object]) -> dict[tuple[str, str], list]:
+def choose_runs(output_dir: Path, choice: dict[str, object]) -> dict[tuple[str, str], list]:
     """The four runs, rows of results.csv in the panels' order, of each model and data set that has all four.
 
-    `asked` holds the model, data set and part of the layers (`frac`) to keep to, if any. The mildest degree comes
+    `choice` holds the model, data set and part of the layers (`frac`) to keep to, if any. The mildest degree comes
     first, then the lowest seed; of several variants the one with the best F1 in panel (b). Raises InputError if there
     are none.
     """
@@ -225,25 +226,25 @@ def choose_runs(output_dir: Path, asked: dict[str, object]) -> dict[tuple[str, s
     best = {row[:6]: row for row in runs[[*cell, "learning_rate", "run", "f1"]].itertuples(index=False)}
     tops = runs[runs["side"] == "top"]
     tops = tops.assign(frac=tops["percent"].map("{:g}".format))
-    for name, value in asked.items():
+    for name, value in choice.items():
         tops = tops[tops[name] == (f"{float(100 * value):g}" if name == "frac" else value)]
-    chosen: dict[tuple[str, str], list] = {}
+    fours: dict[tuple[str, str], list] = {}
     for top in tops.itertuples():
         panels = (("none", 0), ("top", top.percent), ("bottom", top.percent), ("all", 100))
         four = [best.get((top.model, top.dataset, top.variant, top.seed, *panel)) for panel in panels]
         if None not in four:
-            chosen.setdefault((top.model, top.dataset), four)
-    if not chosen:
-        flags = "".join(f" --{name} {value}" for name, value in asked.items())
-        present = "; ".join(
+            fours.setdefault((top.model, top.dataset), four)
+    if not fours:
+        flags = "".join(f" --{name} {value}" for name, value in choice.items())
+        vectors = "; ".join(
             f"{model} on {dataset} ({', '.join(dict.fromkeys(map(panel_title, its['side'], its['percent'])))})"
             for (model, dataset), its in runs.groupby(["model", "dataset"])
         )
         raise InputError(
             f"no figure{flags}: it takes 0 %, top and bottom of one degree, and 100 %, at one seed and with all other "
-            f"settings alike; the vectors that are there: {present}; for more {MORE_VECTORS}"
+            f"settings alike; the vectors that are there: {vectors}; for more {MORE_VECTORS}"
         )
-    return chosen
+    return fours
 
 
 def load_vectors(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
@@ -255,7 +256,7 @@ def load_vectors(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     except (OSError, EOFError, ValueError, KeyError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{folder} cannot be read ({reason}): delete it and do the run again") from error
-    present, counts = np.unique(labels, return_counts=True)
+    classes, counts = np.unique(labels, return_counts=True)
     for right, wrong in (
         (vectors.ndim == 2 and len(vectors) == len(labels), f"vectors.npy is {vectors.shape} for {len(labels)} rows"),
         (np.isfinite(vectors).all(), "vectors.npy has values that are not finite numbers"),
@@ -263,7 +264,7 @@ def load_vectors(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     ):
         if not right:
             raise InputError(f"{folder}: {wrong}: delete the folder and do the run again")
-    return vectors, labels, dict(zip(present.tolist(), per_class, strict=True))
+    return vectors, labels, dict(zip(classes.tolist(), per_class, strict=True))
 
 
 def knn_accuracy(vectors: np.ndarray, labels: np.ndarray, k: int = NEIGHBOURS) -> float:
@@ -283,10 +284,10 @@ def embed(vectors: np.ndarray) -> np.ndarray:
         return tsne.fit_transform(PCA(min(50, *vectors.shape), random_state=0).fit_transform(vectors))
 
 
-def measure(four: list, loaded: list) -> tuple[pd.DataFrame, pd.DataFrame]:
+def measure(four: list, vectors_of: list) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row for each panel, with its numbers, and a row for each dot."""
     numbers, dots = [], []
-    for run, (vectors, labels, names) in zip(four, loaded, strict=True):
+    for run, (vectors, labels, names) in zip(four, vectors_of, strict=True):
         silhouette, knn = silhouette_score(vectors, labels), 100 * knn_accuracy(vectors, labels)
         numbers.append({**run._asdict(), "silhouette": silhouette, "knn_accuracy": knn, "rows": len(labels)})
         x, y = embed(vectors).T
@@ -331,39 +332,39 @@ def is_drawn(output_dir: Path, files: list[str], four: list) -> bool:
     """Whether the files are there, of the same runs with the same F1, and newer than their vectors."""
     if not all((output_dir / name).is_file() for name in files):
         return False
-    numbers, drawn = read_csv(output_dir / files[0]), (output_dir / files[0]).stat().st_mtime
+    numbers, time = read_csv(output_dir / files[0]), (output_dir / files[0]).stat().st_mtime
     return numbers["run"].tolist() == [run.run for run in four] and all(
-        abs(f1 - run.f1) < 1e-9 and (output_dir / "runs" / run.run / "vectors.npy").stat().st_mtime <= drawn
+        abs(f1 - run.f1) < 1e-9 and (output_dir / "runs" / run.run / "vectors.npy").stat().st_mtime <= time
         for f1, run in zip(numbers["f1"], four, strict=True)
     )
 
 
 @rc_context(FONTS)
-def write_figure_1(output_dir: Path, asked: dict[str, object], again: bool = True) -> dict[str, pd.DataFrame]:
+def write_figure_1(output_dir: Path, choice: dict[str, object], again: bool = True) -> dict[str, pd.DataFrame]:
     """Figure 1 of each model and data set that has its runs: writes its files, and gives the numbers of each.
 
     Leaves out what is drawn already, unless `again`. Raises InputError before the first file is written.
     """
-    figures, written = [], {}
-    for pair, four in sorted(choose_runs(output_dir, asked).items()):
+    figures, numbers_of = [], {}
+    for pair, four in sorted(choose_runs(output_dir, choice).items()):
         stem = f"figure1_{'_'.join(pair).replace('/', '--')}"
         files = [f"{stem}{end}" for end in ("_numbers.csv", ".csv", ".png", ".pdf")]
         if not again and is_drawn(output_dir, files, four):
             continue
-        loaded = [load_vectors(output_dir / "runs" / run.run) for run in four]
-        if not all(np.array_equal(labels, loaded[0][1]) for _, labels, _ in loaded):
+        vectors_of = [load_vectors(output_dir / "runs" / run.run) for run in four]
+        if not all(np.array_equal(labels, vectors_of[0][1]) for _, labels, _ in vectors_of):
             raise InputError(f"the runs of {' on '.join(pair)} have other test rows: do them again on one data set")
-        figures.append((stem, files, four, loaded))
-    for stem, files, four, loaded in figures:
-        written[stem], dots = measure(four, loaded)
-        figure = draw_figure_1(written[stem], dots, loaded[0][2])
-        with ExitStack() as whole:  # all files or none; the numbers, which is_drawn reads, are renamed last
-            numbers_csv, dots_csv, png, pdf = (whole.enter_context(atomic_write(output_dir / name)) for name in files)
-            written[stem].to_csv(numbers_csv, index=False)
+        figures.append((stem, files, four, vectors_of))
+    for stem, files, four, vectors_of in figures:
+        numbers_of[stem], dots = measure(four, vectors_of)
+        figure = draw_figure_1(numbers_of[stem], dots, vectors_of[0][2])
+        with ExitStack() as stack:  # all files or none; the numbers, which is_drawn reads, are renamed last
+            numbers_csv, dots_csv, png, pdf = (stack.enter_context(atomic_write(output_dir / name)) for name in files)
+            numbers_of[stem].to_csv(numbers_csv, index=False)
             dots.to_csv(dots_csv, index=False)
             figure.savefig(png)
             figure.savefig(pdf, metadata={"CreationDate": None})
-    return written
+    return numbers_of
 
 
 def main() -> None:
@@ -374,10 +375,10 @@ def main() -> None:
     parser.add_argument("--model", type=model_name, help="as in results.csv (default: each)", **choice)
     parser.add_argument("--dataset", help="as in results.csv (default: each)", **choice)
     parser.add_argument("--frac", type=fraction, help="of the layers in panels b and c (default: the least)", **choice)
-    asked = vars(parser.parse_args())
-    output_dir = asked.pop("output_dir")
+    given = vars(parser.parse_args())
+    output_dir = given.pop("output_dir")
     try:
-        for stem, numbers in write_figure_1(output_dir, asked).items():
+        for stem, numbers in write_figure_1(output_dir, given).items():
             print(numbers.drop(columns=["run", "variant"]).to_string(index=False))
             print(f"-> {output_dir}/{stem}.png, {stem}.pdf, {stem}.csv, {stem}_numbers.csv")
     except (InputError, OSError) as error:

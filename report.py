@@ -175,14 +175,14 @@ def headline(shares: pd.DataFrame, name: str) -> str:
     if percents.empty:
         return ""
     percent = min(percents, key=lambda percent: abs(percent - 50))
-    found = of_table[of_table["percent"].isin([percent, 100])].set_index("side")
+    rows = of_table[of_table["percent"].isin([percent, 100])].set_index("side")
     bottom = f"with the bottom {percent:g} % of its layers re-initialised"
     words = {"bottom": bottom, "top": "with the top", "all": "with all"}
-    parts = [f"{found.at[side, 'ours']:.0f} % {words[side]}" for side in words if side in found.index]
-    tuning, columns = TABLES[table].tuning, int(found["columns"].iloc[0])
+    parts = [f"{rows.at[side, 'ours']:.0f} % {words[side]}" for side in words if side in rows.index]
+    tuning, columns = TABLES[table].tuning, int(rows["columns"].iloc[0])
     sentence = f"{TUNINGS.get(tuning, tuning)} gives back, of the uncorrupted model's F1, {', '.join(parts)}"
-    if found["reference"].notna().all():
-        theirs = ", ".join(f"{found.at[side, 'reference']:.0f} %" for side in words if side in found.index)
+    if rows["reference"].notna().all():
+        theirs = ", ".join(f"{rows.at[side, 'reference']:.0f} %" for side in words if side in rows.index)
         sentence += f"; in {name} {theirs}"
     over = f"over {columns} column{'s' * (columns > 1)} of model and data set"
     return f"{sentence} (Table {table}, averaged {over})."
@@ -194,7 +194,7 @@ def headline(shares: pd.DataFrame, name: str) -> str:
 def heat(cells: pd.DataFrame, points: pd.Series, full: float, signed: bool = False) -> dict:
     """One table's cells in the paper's layout, for the page; the colour follows `points` and is full at `full`."""
     table = paper_table(cells)
-    shown = format_cells(table, "<b>{}</b>", '<span class="collapsed">{}</span>')
+    texts = format_cells(table, "<b>{}</b>", '<span class="collapsed">{}</span>')
     models: list[dict] = []
     for row, (model, degree) in table.text[["model", "corruption"]].iterrows():
         if not models or models[-1]["name"] != model:
@@ -204,7 +204,7 @@ def heat(cells: pd.DataFrame, points: pd.Series, full: float, signed: bool = Fal
             across = degree.startswith(("0%", "100%"))
             for name in (column,) if across else (column, column.removesuffix("bottom") + "top"):
                 cell = table.cell.at[row, name]
-                number = {"across": across, "text": shown.at[row, name], "cell": None if pd.isna(cell) else int(cell)}
+                number = {"across": across, "text": texts.at[row, name], "cell": None if pd.isna(cell) else int(cell)}
                 if number["text"]:
                     by = points.get(cell, np.nan)
                     text = f"{cells.at[cell, 'f1']:+.2f}" if signed else number["text"]
@@ -361,8 +361,8 @@ def render(**content: object) -> str:
 def write(output_dir: Path, compare_to: Path | None) -> Path:
     """Write the page and its figures; returns the page's path. Raises InputError, OSError."""
     ours = read(output_dir)
-    placed = ours.cells.dropna(subset="table")
-    if placed.empty:
+    in_tables = ours.cells.dropna(subset="table")
+    if in_tables.empty:
         raise InputError("no cell belongs to a table: none has their pooling and tuning (see cells.csv)")
     if compare_to:
         if compare_to.resolve() == output_dir.resolve():
@@ -373,7 +373,7 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         reference, apart = theirs.cells.dropna(subset="table"), settings_apart(ours, theirs)
     else:
         name, end, reference, apart = "the paper", "", published_cells(), []
-    both = join_reference(placed, reference, by_variant=compare_to is not None)
+    both = join_reference(in_tables, reference, by_variant=compare_to is not None)
     if compare_to and both["difference"].isna().all():
         raise InputError(f"{output_dir} and {compare_to} have no cell in common: nothing to compare")
     folder = output_dir / f"figures{end}"

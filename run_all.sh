@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole line: set up, prepare the data, do the runs, rebuild the tables, draw Figure 1, write the page.
+# All of it: set up, prepare the data, do the runs, rebuild the tables, write the page with its figures.
 #   bash run_all.sh [--preset demo|paper|...] [any flag of grid.py; any flag of train.py, for every run]
 here=$(dirname "${BASH_SOURCE[0]}")
 case " $* " in *" --output"[_-]"dir"* | *" --data"[_-]"dir"*)
@@ -15,9 +15,6 @@ case $code in
   1) python aggregate.py || true ;;  # some runs failed: the tables show what is there
 esac
 if [ "$code" -le 1 ]; then
-  if compgen -G "outputs/runs/*/vectors.npy" >/dev/null; then
-    python figure1.py || true  # some of its panels are not there: it says which
-  fi
   python report.py || true  # without a table there is no page: it says why
 fi
 exit "$code"

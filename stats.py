@@ -54,15 +54,15 @@ def same_seeds(runs: pd.DataFrame, cell: list[str]) -> tuple[pd.DataFrame, list[
     Only these compare the learning rates fairly. A cell in which no seed has all learning rates keeps its runs, and
     has a line too.
     """
-    kept, notes = [], []
+    groups, notes = [], []
     for key, group in runs.groupby(cell):
         seeds = [set(of_rate) for _, of_rate in group.groupby("learning_rate")["seed"]]
         common = set.intersection(*seeds)
         if any(of_rate != common for of_rate in seeds):
-            taken = f"only {sorted(common)} are compared" if common else "none is common, each mean is over its own"
-            notes.append(f"{in_words(key)}: learning rates have different seeds: {taken}")
-        kept.append(group[group["seed"].isin(common)] if common else group)
-    return pd.concat(kept), notes
+            words = f"only {sorted(common)} are compared" if common else "none is common, each mean is over its own"
+            notes.append(f"{in_words(key)}: learning rates have different seeds: {words}")
+        groups.append(group[group["seed"].isin(common)] if common else group)
+    return pd.concat(groups), notes
 
 
 def in_words(key: tuple) -> str:
@@ -77,16 +77,16 @@ def pick_learning_rate(runs: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
     second. `lr_at_grid_edge`: the best learning rate is the lowest or the highest tried, so a better one may lie
     outside.
     """
-    tried = runs.groupby([*cell, "learning_rate"])
-    mean = tried[["f1", "constant_f1", *HALVES]].mean()
-    mean = mean.assign(f1_std=tried["f1"].std(), seeds=tried["seed"].nunique(), layers=tried["layers"].first())
+    groups = runs.groupby([*cell, "learning_rate"])
+    mean = groups[["f1", "constant_f1", *HALVES]].mean()
+    mean = mean.assign(f1_std=groups["f1"].std(), seeds=groups["seed"].nunique(), layers=groups["layers"].first())
     mean = mean.assign(
-        collapsed=tried["collapsed"].any(), collapsed_runs=tried["collapsed"].sum(), runs=tried["run"].agg(" ".join)
+        collapsed=groups["collapsed"].any(), collapsed_runs=groups["collapsed"].sum(), runs=groups["run"].agg(" ".join)
     ).reset_index()
     best = {}
     for score in ("f1", "picked_on_a", "picked_on_b"):
-        ranked = mean.sort_values([score, "learning_rate"], ascending=[False, True])
-        best[score] = ranked.drop_duplicates(cell).set_index(cell).sort_index()
+        order = mean.sort_values([score, "learning_rate"], ascending=[False, True])
+        best[score] = order.drop_duplicates(cell).set_index(cell).sort_index()
     cells, rates = best["f1"], mean.groupby(cell)["learning_rate"]
     cells["cross_fitted"] = (best["picked_on_a"]["then_on_b"] + best["picked_on_b"]["then_on_a"]) / 2
     cells["selection_bias"] = cells["f1"] - cells["cross_fitted"]
@@ -113,8 +113,8 @@ def count_claims(cells: pd.DataFrame) -> list[tuple[int, int]]:
             {(more, less) for path in paths for less, more in pairwise(path)},
             {(cell, (cell[0], "top")) for cell in f1 if cell[1] == "bottom" and (cell[0], "top") in f1},
         )
-        held = [sum(f1[low] < f1[high] for low, high in pairs) for pairs in lower_higher]
-        counts = [(n + h, of + len(p)) for (n, of), h, p in zip(counts, held, lower_higher, strict=True)]
+        holds = [sum(f1[low] < f1[high] for low, high in pairs) for pairs in lower_higher]
+        counts = [(n + h, of + len(p)) for (n, of), h, p in zip(counts, holds, lower_higher, strict=True)]
     return counts
 
 
@@ -144,8 +144,8 @@ def compare_paired(bottom: list[pd.DataFrame], top: list[pd.DataFrame]) -> dict[
 
     f1_bottom, f1_top = (mean.item() for mean in f1(counts[None]))
     random = np.random.default_rng(0)
-    drawn = (random.multinomial(len(labels), counts / len(labels), size=500) for _ in range(RESAMPLES // 500))
-    low, high = np.quantile(np.concatenate([top - bottom for bottom, top in map(f1, drawn)]), [0.025, 0.975])
+    samples = (random.multinomial(len(labels), counts / len(labels), size=500) for _ in range(RESAMPLES // 500))
+    low, high = np.quantile(np.concatenate([top - bottom for bottom, top in map(f1, samples)]), [0.025, 0.975])
     correct = [side == label for side in sides]
     only_bottom, only_top = (int((one & ~other).sum(0) @ counts) for one, other in (correct, correct[::-1]))
     p = binomtest(only_bottom, only_bottom + only_top).pvalue if only_bottom + only_top else 1.0

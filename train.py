@@ -135,16 +135,20 @@ def mean_over_batch(
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
-def training_arguments(run: Run) -> TrainingArguments:
+def training_arguments(wanted: RunConfig, checkpoints: Path, name: str) -> TrainingArguments:
+    """What the Trainer gets; raises InputError for what the library's own checks refuse."""
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    chosen = {name: value for name, value in vars(run.config).items() if name in known}
+    chosen = {field: value for field, value in vars(wanted).items() if field in known}
     values = config.PROTOCOL | config.AFFECTS | chosen | {"dataloader_pin_memory": torch.cuda.is_available()}
     if in_worker():
         values["disable_tqdm"] = True
-    if run.config.resume:
+    if wanted.resume:
         values |= {"save_strategy": "epoch", "save_only_model": False}
-    values |= run.config.trainer | {"output_dir": str(run.work_dir / "checkpoints"), "run_name": run.name}
-    return TrainingArguments(**{name: value for name, value in values.items() if name in known})
+    values |= wanted.trainer | {"output_dir": str(checkpoints), "run_name": name}
+    try:
+        return TrainingArguments(**{field: value for field, value in values.items() if field in known})
+    except Exception as error:  # they are of every kind
+        raise InputError(one_line(error)) from error
 
 
 class PreparedRun(NamedTuple):
@@ -160,7 +164,7 @@ class PreparedRun(NamedTuple):
 
 def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
     """Tokenise, load, corrupt, and make the Trainer."""
-    args, wanted = training_arguments(run), run.config
+    wanted, args = run.config, training_arguments(run.config, run.work_dir / "checkpoints", run.name)
     tokenizer = corrupt.load_tokenizer(run.model_folder)
     names = ("results_version", "data_fingerprint", "model_fingerprint", "max_length")
     key = {name: run.settings[name] for name in names} | {p: version(p) for p in ("transformers", "tokenizers")}
@@ -217,6 +221,7 @@ def check(wanted: RunConfig) -> None:
     """Check all that can be checked before the rows are prepared and a weight is loaded. Raises InputError."""
     if wanted.tuning not in TUNINGS:
         raise InputError(f"--tuning {wanted.tuning} is not known: choose from {', '.join(TUNINGS)}")
+    training_arguments(wanted, Path(), "")
     folder, _ = corrupt.find_model(wanted.model)
     corrupt.check_corruptible(folder, wanted.corrupt, wanted.frac, wanted.method)
     longest = longest_input(folder)

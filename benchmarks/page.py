@@ -27,10 +27,10 @@ import data_prep
 import grid
 import paper
 import run_dir
+from aggregate import PLACE
 from config import RunConfig
 
 ROOT = Path(__file__).parent.parent
-PLACE = ["table", "model", "percent", "side", "dataset"]
 TENSORS = 16  # of a layer
 
 

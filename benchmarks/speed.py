@@ -21,7 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -33,26 +35,31 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import callbacks
+import config
 import cost
 import data_prep
-import pack
-import settings
+import executors
+import run_dir
 import train
-import workers
+import unpad
+from config import RunConfig
 
-FLAGS = ["--model", "minilm", "--dataset", "rotten_tomatoes", "--disable_tqdm", "True"]
-PLAIN = ("--plain", "True")
-GROUPED = ("--train_sampling_strategy", "group_by_length")
-# what each variant changes: flags of train.py, and parts of pack.py on the plain model
-VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
+ROOT = Path(train.__file__).parent
+BASE = RunConfig(model="minilm", dataset="rotten_tomatoes", trainer={"disable_tqdm": True})
+PLAIN = {"no_unpadding": True}
+GROUPED = {"trainer": {"disable_tqdm": True, "train_sampling_strategy": "group_by_length"}}
+BF16 = {"bf16": True, "trainer": {"disable_tqdm": True, "use_cpu": not torch.cuda.is_available()}}
+# what each variant changes: fields of RunConfig, and parts of unpad.py on the plain model
+VARIANTS: dict[str, tuple[dict, str]] = {
     "fixed padding to 128": (PLAIN, "pad"),
     "padding to the longest": (PLAIN, ""),
-    "longest + like lengths together": ((*PLAIN, *GROUPED), ""),
+    "longest + like lengths together": (PLAIN | GROUPED, ""),
     "longest + quick dropout": (PLAIN, "dropout"),
-    "longest + packing": (PLAIN, "pack"),
-    "both (train.py's way)": ((), ""),
+    "longest + no padding in the encoder": (PLAIN, "unpad"),
+    "both (train.py's way)": ({}, ""),
     "both + like lengths together": (GROUPED, ""),
-    "both + bf16": (("--bf16", "True", "--use_cpu", str(not torch.cuda.is_available())), ""),
+    "both + bf16": (BF16, ""),
 }
 KINDS = {  # of operators, by the beginning of their names
     "matrix products": ("aten::mm", "aten::addmm"),
@@ -72,43 +79,54 @@ KINDS = {  # of operators, by the beginning of their names
 }
 
 
+def repeated(function: Callable[[], object]) -> float:
+    """The seconds of one call: the median of those that fit into a second and a half, the first one left out."""
+    until, times = time.perf_counter() + 1.5, []
+    function()
+    while not times or time.perf_counter() < until:
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
 def peak() -> float:
     """Floating-point operations a second of a matrix product, with the threads in use."""
     a, b = torch.randn(2, 2048, 2048, device="cuda" if torch.cuda.is_available() else "cpu")
-    return 2 * 2048**3 / cost.repeated(lambda: (a @ b)[0, 0].item())
+    return 2 * 2048**3 / repeated(lambda: (a @ b)[0, 0].item())
 
 
-def setup(data: Path, *flags: str) -> train.Setup:
+def prepare(data: Path | str, **changes: object) -> train.PreparedRun:
     """A run that is ready to train and neither evaluates nor saves."""
     with tempfile.TemporaryDirectory() as folder:
-        run = settings.plan([*FLAGS, "--data_dir", str(data), "--output_dir", folder, *flags])
-        made = train.make_trainer(run, data_prep.load("rotten_tomatoes", data))
+        run = config.resolve_run(replace(BASE, data_dir=str(data), output_dir=folder, **changes))
+        prepared = train.prepare_run(run, data_prep.load("rotten_tomatoes", data))
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-        setattr(made.trainer.args, name, "no")
-    made.trainer.args.load_best_model_at_end = False
-    return made
+        setattr(prepared.trainer.args, name, "no")
+    prepared.trainer.args.load_best_model_at_end = False
+    return prepared
 
 
 def trained(trainer: Trainer) -> float:
     """The seconds of its optimizer steps."""
-    clock = train.Clock()
-    trainer.add_callback(clock)
+    timer = callbacks.TrainTimer()
+    trainer.add_callback(timer)
     with contextlib.redirect_stdout(None):
         trainer.train()
-    trainer.remove_callback(clock)
-    return clock.trained
+    trainer.remove_callback(timer)
+    return timer.seconds
 
 
 def trainer_of(variant: str, data: Path) -> Trainer:
-    flags, parts = VARIANTS[variant]
-    trainer = setup(data, "--num_train_epochs", "1", *flags).trainer
+    changes, parts = VARIANTS[variant]
+    trainer = prepare(data, num_train_epochs=1, **changes).trainer
     tokenizer = trainer.processing_class
-    if "pad" in parts:
+    if "pad" in parts.split():
         trainer.data_collator = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=128)
-    if "pack" in parts:
-        pack.pack(trainer.model)
+    if "unpad" in parts:
+        unpad.unpad(trainer.model)
     if "dropout" in parts:
-        pack.use_quick_dropout(trainer.model)
+        unpad.use_quick_dropout(trainer.model)
     return trainer
 
 
@@ -129,7 +147,7 @@ def training(data: Path, rounds: int) -> dict:
         for name, trainer in trainers.items():
             times[name].append(trained(trainer))
     lengths = next(iter(trainers.values())).train_dataset["length"]
-    operations, took = 6 * cost.weights_of("minilm") * sum(lengths), medians(times)
+    operations, took = 6 * cost.encoder_weights("minilm") * sum(lengths), medians(times)
     rows = {
         name: {
             "rows a second": round(len(lengths) / seconds, 1),
@@ -147,19 +165,21 @@ def training(data: Path, rounds: int) -> dict:
 def evaluation(data: Path, rounds: int) -> dict:
     """Rows a second of the test split."""
 
-    def way(batch: int, in_row_order: bool, *flags: str) -> Callable[[], object]:
-        made = setup(data, "--per_device_eval_batch_size", str(batch), *flags)
-        test = made.trainer.eval_dataset.select(np.argsort(made.order) if in_row_order else range(len(made.order)))
-        made.trainer.compute_metrics = None
-        return lambda: made.trainer.evaluate(test)
+    def way(batch: int, in_row_order: bool, **changes: object) -> Callable[[], object]:
+        trainer_flags = {"disable_tqdm": True, "per_device_eval_batch_size": batch}
+        prepared = prepare(data, trainer=trainer_flags, **changes)
+        rows = np.argsort(prepared.order) if in_row_order else range(len(prepared.order))
+        test = prepared.trainer.eval_dataset.select(rows)
+        prepared.trainer.compute_metrics = None
+        return lambda: prepared.trainer.evaluate(test)
 
     ways = {
-        "row order, batch 64": way(64, True, *PLAIN),
-        "row order, batch 256": way(256, True, *PLAIN),
-        "by length, batch 64": way(64, False, *PLAIN),
-        "by length, batch 256": way(256, False, *PLAIN),
-        "packed, by length, batch 64 (train.py's way)": way(64, False),
-        "packed, by length, batch 256": way(256, False),
+        "row order, batch 64": way(64, True, **PLAIN),
+        "row order, batch 256": way(256, True, **PLAIN),
+        "by length, batch 64": way(64, False, **PLAIN),
+        "by length, batch 256": way(256, False, **PLAIN),
+        "unpadded, by length, batch 64 (train.py's way)": way(64, False),
+        "unpadded, by length, batch 256": way(256, False),
     }
     times = {name: [] for name in ways}
     for _ in tqdm(range(rounds), desc="evaluation"):
@@ -182,17 +202,17 @@ def evaluation(data: Path, rounds: int) -> dict:
 
 def where_it_goes(data: Path, rounds: int) -> dict:
     """The share of each kind of work in training, by torch's profiler; the shares add up with one thread only."""
-    draw = pack.keep_mask
+    draw = unpad.keep_mask
 
     def seen(*given: object) -> torch.Tensor:
         with record_function("dropout's masks"):
             return draw(*given)
 
-    pack.keep_mask = seen
-    trainer = setup(data, "--max_steps", "12").trainer
+    unpad.keep_mask = seen
+    trainer = prepare(data, max_steps=12).trainer
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         total = trained(trainer)
-    pack.keep_mask = draw
+    unpad.keep_mask = draw
     spent = dict.fromkeys([*KINDS, "dropout's masks", "loading batches"], 0.0)
     for event in profiler.key_averages():
         kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), None)
@@ -209,45 +229,45 @@ def where_it_goes(data: Path, rounds: int) -> dict:
 
 
 def runs(data: Path, rounds: int) -> dict:
-    """All of a run but training and evaluating: in a new process, and in one that has done a run before."""
+    """All of a run but training and evaluating: in a new process, and in a further process of the grid."""
 
-    def fixed(folder: Path, total: float) -> float:
-        seconds = json.loads((folder / "result.json").read_text())["seconds"]
+    def fixed(run: config.Run, total: float) -> float:
+        seconds = run_dir.load_valid_result(run)["seconds"]
         return total - seconds["train"] - seconds["evaluate"]
 
-    new, alive = [], []
-    flags = [*FLAGS, "--data_dir", str(data), "--max_steps", "1", "--corrupt", "bottom", "--frac", "0.5"]
-    with tempfile.TemporaryDirectory() as folder:
-        for number in tqdm(range(rounds + 1), desc="runs"):
-            more = [*flags, "--seed", str(number), "--output_dir", f"{folder}/alive"]
+    new, forked = [], []
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(pool_of(1, torch.get_num_threads())) as pool:
+        half = replace(BASE, data_dir=str(data), max_steps=1, corrupt="bottom", frac=Fraction(1, 2))
+        for seed in tqdm(range(rounds + 1), desc="runs"):
+            run = config.resolve_run(replace(half, seed=seed, output_dir=f"{folder}/forked"))
             started = time.perf_counter()
-            train.do(more, {}, False)
-            alive.append(fixed(settings.plan(more).folder, time.perf_counter() - started))
-            more[-1] = f"{folder}/new"
+            list(pool.run_all([run]))
+            forked.append(fixed(run, time.perf_counter() - started))
+            run = config.resolve_run(replace(half, seed=seed, output_dir=f"{folder}/new"))
             started = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "train.py", *more], cwd=Path(train.__file__).parent, check=True, capture_output=True
-            )
-            new.append(fixed(settings.plan(more).folder, time.perf_counter() - started))
-    took = medians({"in a new process": new, "in a worker, from the second run on": alive[1:]})
+            subprocess.run([sys.executable, "train.py", *run.config.flags()], cwd=ROOT, check=True, capture_output=True)
+            new.append(fixed(run, time.perf_counter() - started))
+    took = medians({"in a new process": new, "in a process of the grid, from the second on": forked[1:]})
     rows = {name: {"seconds": round(seconds, 2)} for name, seconds in took.items()}
     show(rows, "Fixed cost of a run")
-    return {"rows": rows, "seconds": {"new": new, "alive": alive}}
+    return {"rows": rows, "seconds": {"new": new, "forked": forked}}
+
+
+def pool_of(processes: int, threads: int) -> executors.LocalPool:
+    return executors.LocalPool(executors.WorkerLayout(processes, threads))
 
 
 def probe(data: Path, rounds: int) -> dict:
-    """Three learning rates of ten epochs, 1,000 and 500 rows, tested after each, loading included; once."""
+    """Three learning rates of ten epochs, 1,000 and 500 rows, evaluated after each, loading included; once."""
     took = {}
     with tempfile.TemporaryDirectory() as folder:
         data_prep.prepare("rotten_tomatoes", train_size=1_000, test_size=500, data_dir=folder)
-        for way, more in (("computed once", ("--tuning", "probe")), ("plain", PLAIN)):
+        for way, changes in (("computed once", {"tuning": "probe"}), ("plain", PLAIN)):
             started = time.perf_counter()
-            for rate in tqdm(("1e-5", "2e-5", "5e-5"), desc=f"probe, {way}"):
-                flags = ["--data_dir", folder, "--output_dir", f"{folder}/{way}", "--learning_rate", rate, *more]
-                trainer = train.make_trainer(
-                    settings.plan([*FLAGS, *flags]), data_prep.load("rotten_tomatoes", folder)
-                ).trainer
-                trainer.args.output_dir = f"{folder}/checkpoints"
+            for rate in tqdm((1e-5, 2e-5, 5e-5), desc=f"probe, {way}"):
+                wanted = replace(BASE, data_dir=folder, output_dir=f"{folder}/{way}", learning_rate=rate, **changes)
+                rows = data_prep.load("rotten_tomatoes", folder)
+                trainer = train.prepare_run(config.resolve_run(wanted), rows).trainer
                 if way == "plain":
                     freeze(trainer.model)
                 with contextlib.redirect_stdout(None):
@@ -266,38 +286,37 @@ def freeze(model: PreTrainedModel) -> None:
 
 
 def side_by_side(data: Path, rounds: int) -> dict:
-    """Runs an hour of the grid's workers: two runs of one epoch for each core, in processes that are awake."""
+    """Runs an hour of the grid's processes: two runs of one epoch for each core."""
     cores = os.cpu_count()
-    ways = dict.fromkeys([workers.Staff(1, 1), workers.Staff(1, cores), workers.Staff(cores, 1)])
-    times = {str(staff): [] for staff in ways}
+    layouts = dict.fromkeys([(1, 1), (1, cores), (cores, 1)])
+    times = {str(executors.WorkerLayout(*layout)): [] for layout in layouts}
     with tempfile.TemporaryDirectory() as folder:
+        one_epoch = replace(BASE, data_dir=str(data), num_train_epochs=1)
         for turn in tqdm(range(rounds), desc="workers"):
-            for staff in ways:
-                flags = [*FLAGS, "--data_dir", str(data), "--num_train_epochs", "1"]
-                with workers.Here(staff) as here:
-                    warm = [*flags, "--max_steps", "1"]
-                    for task in [
-                        worker.submit(train.do, warm, {}, False, "--output_dir", f"{folder}/{staff}-{turn}-{number}")
-                        for number, worker in enumerate(here.workers)
-                    ]:
-                        task.result()
-                    out = ["--output_dir", f"{folder}/{staff}-{turn}"]
-                    cells = [[settings.plan([*flags, "--seed", str(seed), *out])] for seed in range(2 * cores)]
+            for layout in layouts:
+                name = str(executors.WorkerLayout(*layout))
+                wanted = [replace(one_epoch, seed=s, output_dir=f"{folder}/{name}-{turn}") for s in range(2 * cores)]
+                with contextlib.closing(pool_of(*layout)) as pool:
+                    warm = config.resolve_run(
+                        replace(one_epoch, max_steps=1, output_dir=f"{folder}/warm-{name}-{turn}")
+                    )
+                    list(pool.run_all([warm]))
+                    todo = [config.resolve_run(run) for run in wanted]
                     started = time.perf_counter()
-                    said = list(here.work(cells))
-                    times[str(staff)].append(time.perf_counter() - started)
-                if any(state != "done" for _, state, _ in said):
-                    raise RuntimeError(f"a run failed: {said}")
+                    outcomes = list(pool.run_all(todo))
+                    times[name].append(time.perf_counter() - started)
+                if any(state != "done" for _, state, _ in outcomes):
+                    raise RuntimeError(f"a run failed: {outcomes}")
     took = medians(times)
     rows = {
-        staff: {
+        layout: {
             "runs an hour": round(3600 * 2 * cores / seconds),
             "against one thread": round(took["1 x 1 thread"] / seconds, 2),
         }
-        for staff, seconds in took.items()
+        for layout, seconds in took.items()
     }
     counts = data_prep.manifest("rotten_tomatoes", data)["rows"]
-    show(rows, f"Workers, runs of {counts['train']} train and {counts['test']} test rows; the parent")
+    show(rows, f"Processes, runs of {counts['train']} train and {counts['test']} test rows; the parent")
     return {"rows": rows, "seconds": times}
 
 
@@ -318,7 +337,7 @@ def whole_grid(data: Path, rounds: int) -> dict:
         command = [sys.executable, "grid.py", "--preset", "demo", "--seed", "0", "1"]
         command += ["--data_dir", f"{folder}/data", "--output_dir", folder]
         begun = datetime.now(UTC)
-        subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True)
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         total = (datetime.now(UTC) - begun).total_seconds()
         under_way, trained = [], []
         for path in Path(folder).glob("runs/*/result.json"):
@@ -351,7 +370,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
     args = parser.parse_args()
-    train.quieten()
+    train.silence_libraries()
     torch.use_deterministic_algorithms(True)  # as every run does
     torch.utils.deterministic.fill_uninitialized_memory = False
     path = Path(__file__).with_suffix(".json")

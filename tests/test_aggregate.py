@@ -204,8 +204,8 @@ def test_missing_cells_and_variants(tmp_path: Path, capsys: pytest.CaptureFixtur
     found = dict(zip(zip(text["model"], text["corruption"], strict=True), text["SST-2 bottom"], strict=True))
     assert found["Base num_train_epochs=1.0", "0%"] == "99.00"
     assert found["Base num_train_epochs=10.0", "0%"] == "90.00"
-    said = "bert-base-uncased sst2 cls full: runs of different settings are kept apart: num_train_epochs=1.0 | "
-    assert capsys.readouterr().err == f"{said}num_train_epochs=10.0\n"
+    warning = "bert-base-uncased sst2 cls full: runs of different settings are kept apart: num_train_epochs=1.0 | "
+    assert capsys.readouterr().err == f"{warning}num_train_epochs=10.0\n"
 
 
 # A setting that a result lacks, because it is older than the setting, has its neutral value: no variant.
@@ -272,8 +272,8 @@ def test_comparison(tmp_path: Path) -> None:
     write_result(tmp_path, BASE, "none", 0, "bbc_news", 95)
     both = aggregate.compare(cells_of(tmp_path), paper.published_cells())
     assert len(both) == 321 and both["paper"].notna().sum() == 320 and both["paper_outlier"].sum() == 7
-    there = both[both["ours"].notna()].set_index("dataset")
-    imdb, bbc = there.loc["imdb"], there.loc["bbc_news"]
+    ours = both[both["ours"].notna()].set_index("dataset")
+    imdb, bbc = ours.loc["imdb"], ours.loc["bbc_news"]
     assert (imdb["table"], imdb["model"], imdb["percent"], imdb["side"]) == ("1", LARGE, 50, "bottom")
     assert imdb["ours"] == pytest.approx(40) and imdb["paper"] == 33.97 and imdb["difference"] == pytest.approx(6.03)
     assert imdb["cross_fitted"] == pytest.approx(40) and imdb["collapsed"] and imdb["paper_outlier"]
@@ -316,8 +316,8 @@ def test_learning_rates_with_different_seeds(tmp_path: Path, capsys: pytest.Capt
         write_result(tmp_path, BASE, "none", 0, "sst2", f1, learning_rate=rate, seed=seed)
     (cell,) = cells_of(tmp_path).to_dict("records")
     assert (cell["learning_rate"], cell["seeds"]) == (5e-5, 1) and cell["f1"] == pytest.approx(81)
-    said = capsys.readouterr().err
-    assert "bert-base-uncased none 0.0 sst2 cls full: learning rates have different seeds: only [0]" in said
+    message = capsys.readouterr().err
+    assert "bert-base-uncased none 0.0 sst2 cls full: learning rates have different seeds: only [0]" in message
     write_result(tmp_path, BASE, "none", 0, "sst2", 70, learning_rate=2e-5, seed=2)
     (cell,) = cells_of(tmp_path).to_dict("records")
     assert (cell["learning_rate"], cell["seeds"]) == (1e-5, 2) and "none is common" in capsys.readouterr().err
@@ -431,9 +431,9 @@ def test_pairs_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert table["dataset"].tolist() == ["imdb"] and table["seeds"].tolist() == [1]
     (problem,) = problems
     assert "50.0 sst2 cls full is left out: the test rows or labels of the runs differ" in problem
-    said = capsys.readouterr().err
-    assert "imdb cls full: the sides have different seeds: only [1] are compared" in said
-    assert "tfnt cls full: the sides have different seeds: none is compared" in said
+    message = capsys.readouterr().err
+    assert "imdb cls full: the sides have different seeds: only [1] are compared" in message
+    assert "tfnt cls full: the sides have different seeds: none is compared" in message
 
 
 # ---- The script ----
@@ -443,18 +443,18 @@ def test_files_and_an_empty_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert run_main(tmp_path, monkeypatch) == 2
-    said = capsys.readouterr().err
-    assert "holds no result" in said and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert "holds no result" in message and message.count("\n") == 1
     for side in ("top", "bottom"):
         write_result(tmp_path, BASE, side, 25, "sst2", 91.72)
     probe = write_result(tmp_path, BASE, "none", 0, "dbpedia", 77, tuning="probe")
     (tmp_path / "table3.md").write_text("of runs that are no longer there")
-    broken = tmp_path / "runs" / "broken"
-    broken.mkdir()
-    (broken / "failure.json").write_text('{"reason": "out of memory"}')
+    failed = tmp_path / "runs" / "a-failed-one"
+    failed.mkdir()
+    (failed / "failure.json").write_text('{"reason": "out of memory"}')
     assert run_main(tmp_path, monkeypatch) == 0
     out, err = capsys.readouterr()
-    assert "3 cells from 3 runs, 0 cells missing\nfailed: broken: out of memory\n" in out and err == ""
+    assert "3 cells from 3 runs, 0 cells missing\nfailed: a-failed-one: out of memory\n" in out and err == ""
     assert "| (1) corrupted < uncorrupted   | 100/102 | 0/0    | 0/0             |" in out
     for name in ("Table 1", "Table 4"):
         assert f"{name}: weighted F1 in percent" in out
@@ -541,9 +541,9 @@ def version(run: Path, number: object) -> None:
 
 BAD = {
     "result cut off": (lambda run: cut_off(run / "result.json"), "result.json"),
-    "result no object": (lambda run: (run / "result.json").write_text("[]"), "result.json"),
+    "result not an object": (lambda run: (run / "result.json").write_text("[]"), "result.json"),
     "no F1": (lambda run: change(run / "result.json", weighted_f1="gone"), "lacks 'weighted_f1'"),
-    "F1 no number": (lambda run: change(run / "result.json", weighted_f1=float("nan")), "not from 0 to 1"),
+    "F1 not a number": (lambda run: change(run / "result.json", weighted_f1=float("nan")), "not from 0 to 1"),
     "no settings": (lambda run: change(run / "result.json", settings="gone"), "lacks 'settings'"),
     "a newer version": (lambda run: version(run, RESULTS_VERSION + 1), f"is {RESULTS_VERSION + 1}, this code's is"),
     "an older version": (lambda run: version(run, RESULTS_VERSION - 1), f"is {RESULTS_VERSION - 1}, this code's is"),
@@ -567,14 +567,19 @@ def test_bad_runs(bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     run = write_result(tmp_path, BASE, "none", 0, "imdb", 82)
     harm, reason = BAD[bad]
     harm(run)
-    said = run_main(tmp_path, monkeypatch)
-    assert isinstance(said, str) and said.startswith(f"{run} is left out: ") and reason in said and "\n" not in said
+    message = run_main(tmp_path, monkeypatch)
+    assert (
+        isinstance(message, str)
+        and message.startswith(f"{run} is left out: ")
+        and reason in message
+        and "\n" not in message
+    )
     datasets = pd.read_csv(tmp_path / "results.csv")["dataset"].tolist()
     assert datasets == (["imdb", "sst2"] if bad == "failure cut off" else ["sst2"])
     assert "-> " in capsys.readouterr().out.splitlines()[-1]
 
 
-# A copy of a run is no second seed; and where nothing can be read there is no table, with exit code 2.
+# A copy of a run is not a second seed. Where nothing can be read the exit code is 2, and no table is written.
 def test_a_copied_run_and_only_bad_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -588,5 +593,5 @@ def test_a_copied_run_and_only_bad_runs(
     for folder in (run, copy):
         cut_off(folder / "result.json")
     assert run_main(tmp_path, monkeypatch) == 2
-    said = capsys.readouterr().err
-    assert f"{run} is left out" in said and f"{copy} is left out" in said and "holds no result" in said
+    message = capsys.readouterr().err
+    assert f"{run} is left out" in message and f"{copy} is left out" in message and "holds no result" in message

@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AlbertConfig,
     AutoModel,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 import corrupt
+from common import InputError
 
 # The sixteen parameters of a BERT layer, written down from the architecture's description.
 LINEAR = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
@@ -36,25 +38,25 @@ def all_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 # bit-identical to the original's.
 def test_what_is_touched_in_a_two_layer_bert(tiny_bert: Path) -> None:
     original = load_file(tiny_bert / "model.safetensors")
-    model, manifest = corrupt.load_broken(tiny_bert, "top", Fraction(1, 2), seed=0)
-    broken = all_tensors(model.bert)
+    model, manifest = corrupt.load_corrupted(tiny_bert, "top", Fraction(1, 2), seed=0)
+    after = all_tensors(model.bert)
     expected = {f"encoder.layer.1.{name}.{kind}" for name in LINEAR + NORM for kind in ("weight", "bias")}
     assert {row["name"] for row in manifest["tensors"]} == expected
-    assert {name for name in original if not torch.equal(original[name], broken[name])} == expected
-    assert set(original) == set(broken)
+    assert {name for name in original if not torch.equal(original[name], after[name])} == expected
+    assert set(original) == set(after)
     for name in NORM:
-        assert torch.equal(broken[f"encoder.layer.1.{name}.weight"], torch.ones(32))
+        assert torch.equal(after[f"encoder.layer.1.{name}.weight"], torch.ones(32))
     for name in LINEAR + NORM:
-        assert not broken[f"encoder.layer.1.{name}.bias"].any()
-    assert manifest["layers"] == [2] and manifest["side"] == "top"
-    methods = [row["method"] for row in manifest["tensors"]]
-    assert (methods.count("kaiming_uniform"), methods.count("ones"), methods.count("zeros")) == (6, 2, 8)
+        assert not after[f"encoder.layer.1.{name}.bias"].any()
+    assert (manifest["side"], manifest["layers"], manifest["num_layers"]) == ("top", [2], 2)
+    assert manifest["method"] == "reinit"
+    assert Counter(row["init"] for row in manifest["tensors"]) == {"kaiming_uniform": 6, "ones": 2, "zeros": 8}
 
 
 # A uniform on [-b, b] with b = sqrt(6 / fan_in) has mean 0 and standard deviation b / sqrt(3).
 def test_bound_and_moments_of_the_draws() -> None:
-    model, manifest = corrupt.load_broken(corrupt.find_model("minilm")[0], "bottom", Fraction(1, 6), seed=3)
-    drawn = [row for row in manifest["tensors"] if row["method"] == "kaiming_uniform"]
+    model, manifest = corrupt.load_corrupted(corrupt.find_model("minilm")[0], "bottom", Fraction(1, 6), seed=3)
+    drawn = [row for row in manifest["tensors"] if row["init"] == "kaiming_uniform"]
     fan_in = {"output.dense.weight": 1536, "attention.output.dense.weight": 384}
     for row in drawn:
         name = row["name"].removeprefix("encoder.layer.0.")
@@ -69,7 +71,7 @@ def test_bound_and_moments_of_the_draws() -> None:
 
 # kaiming_uniform_ with negative slope a has the bound sqrt(6 / ((1 + a^2) fan_in)).
 def test_kaiming_a(tiny_bert: Path) -> None:
-    model, manifest = corrupt.load_broken(tiny_bert, "bottom", Fraction(1, 2), seed=0, kaiming_a=math.sqrt(5))
+    model, manifest = corrupt.load_corrupted(tiny_bert, "bottom", Fraction(1, 2), seed=0, kaiming_a=math.sqrt(5))
     (row,) = [row for row in manifest["tensors"] if row["name"].endswith("self.query.weight")]
     assert row["bound"] == pytest.approx(1 / math.sqrt(32))
     assert model.bert.get_parameter(row["name"]).abs().max() <= row["bound"]
@@ -80,7 +82,7 @@ def test_corruption_is_nested() -> None:
     folder, _ = corrupt.find_model("minilm")
 
     def after(side: str, frac: Fraction, seed: int = 0) -> dict[str, str]:
-        rows = corrupt.load_broken(folder, side, frac, seed)[1]["tensors"]
+        rows = corrupt.load_corrupted(folder, side, frac, seed)[1]["tensors"]
         return {row["name"]: row["sha256_after"] for row in rows}
 
     third, two_thirds, whole = (after("bottom", Fraction(k, 3)) for k in (1, 2, 3))
@@ -111,7 +113,7 @@ def test_layers_of_other_architectures(config: object, layer_list: str) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     before = all_tensors(model)
-    rows = corrupt.break_layers(model, range(1), seed=0)
+    rows = corrupt.corrupt_layers(model, range(1), seed=0)
     prefix = f"{model.base_model_prefix}.{layer_list}.0."
     touched = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert touched == {name for name in before if name.startswith(prefix)}
@@ -135,8 +137,8 @@ ALBERT = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, 
 )
 def test_refused_by_name(config: object, name: str, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
-    with pytest.raises(corrupt.ModelError, match=name):
-        corrupt.inspect(tmp_path, "bottom", Fraction(1, 2))
+    with pytest.raises(InputError, match=name):
+        corrupt.check_corruptible(tmp_path, "bottom", Fraction(1, 2), "reinit")
 
 
 @pytest.mark.parametrize(
@@ -151,19 +153,19 @@ def test_refused_by_name(config: object, name: str, tmp_path: Path) -> None:
     ],
 )
 def test_which_layers(side: str, frac: str | None, layers: int, expected: tuple) -> None:
-    assert corrupt.damage(side, frac and Fraction(frac), layers) == expected
+    assert corrupt.select_layers(side, frac and Fraction(frac), layers) == expected
 
 
-def test_a_fraction_that_is_no_whole_number_of_layers_lists_those_that_are() -> None:
-    with pytest.raises(corrupt.ModelError, match=r"0, 1/6, 1/3, 1/2, 2/3, 5/6, 1$"):
-        corrupt.damage("bottom", Fraction("0.3"), 6)
+def test_a_fraction_of_a_layer_lists_the_fractions_that_are_allowed() -> None:
+    with pytest.raises(InputError, match=r"0, 1/6, 1/3, 1/2, 2/3, 5/6, 1$"):
+        corrupt.select_layers("bottom", Fraction("0.3"), 6)
 
 
-# The saved encoder, read back by the library, is the broken one; the manifest's hashes are those of both files.
+# The saved encoder, read back by the library, is the corrupted one; the manifest's hashes are those of both files.
 def test_saved_model_reloads(tiny_bert: Path, tmp_path: Path) -> None:
-    corrupt.save_broken(str(tiny_bert), "bottom", Fraction(1, 2), 0, 0.0, tmp_path / "deep" / "broken")
-    saved = tmp_path / "deep" / "broken"
-    in_memory, _ = corrupt.load_broken(tiny_bert, "bottom", Fraction(1, 2), seed=0)
+    saved = tmp_path / "deep" / "corrupted"
+    corrupt.save_corrupted(str(tiny_bert), "bottom", Fraction(1, 2), 0, 0.0, "reinit", saved)
+    in_memory, _ = corrupt.load_corrupted(tiny_bert, "bottom", Fraction(1, 2), seed=0)
     reloaded = all_tensors(AutoModel.from_pretrained(saved))
     expected = all_tensors(in_memory.bert)
     assert reloaded.keys() == expected.keys()
@@ -174,17 +176,15 @@ def test_saved_model_reloads(tiny_bert: Path, tmp_path: Path) -> None:
     for row in rows:
         assert row["sha256_before"] == corrupt.tensor_sha256(before[row["name"]])
         assert row["sha256_after"] == corrupt.tensor_sha256(after[row["name"]]) != row["sha256_before"]
-    with pytest.raises(corrupt.ModelError, match="there already"):
-        corrupt.save_broken(str(tiny_bert), "top", Fraction(1, 2), 0, 0.0, saved)
+    with pytest.raises(InputError, match="there already"):
+        corrupt.save_corrupted(str(tiny_bert), "top", Fraction(1, 2), 0, 0.0, "reinit", saved)
 
 
 # A file whose tensors do not match its configuration must not be filled up with random ones.
 def test_lost_encoder_weights_are_an_error(tiny_bert: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     weights = load_file(tiny_bert / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((tiny_bert / "config.json").read_text())
-    with pytest.raises(corrupt.ModelError, match=r"such as bert\.encoder\.layer\.1\.output\.dense\.weight"):
-        corrupt.load_broken(tmp_path, "none", None, seed=0)
+    with pytest.raises(InputError, match=r"such as bert\.encoder\.layer\.1\.output\.dense\.weight"):
+        corrupt.load_corrupted(tmp_path, "none", None, seed=0)

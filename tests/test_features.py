@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, run_of
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, Trainer
 
-import corrupt
 import data_prep
-import encode
-import settings
+import features
 import train
+from common import InputError
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
@@ -43,10 +42,10 @@ def test_probe_equals_the_frozen_run(architecture: str, pooling: str, tmp_path: 
         assert np.abs(before - after).max() > 0.01
         return after
 
-    plain, plain_order, *_ = train.make_trainer(settings.plan(flags), data)
+    plain, plain_order, *_ = train.prepare_run(run_of(flags), data)
     whole_model = plain.model_init
     plain.model_init = lambda: frozen(whole_model())
-    probe, order, *_ = train.make_trainer(settings.plan([*flags, "--tuning", "probe"]), data)
+    probe, order, *_ = train.prepare_run(run_of([*flags, "--tuning", "probe"]), data)
     assert order.tolist() == plain_order.tolist()
     trained = {name for name, _ in probe.model.named_parameters()}
     assert trained == {name for name, weight in plain.model_init().named_parameters() if weight.requires_grad}
@@ -58,7 +57,8 @@ def test_what_the_features_depend_on(tiny_bert: Path, small_data: Path) -> None:
     base = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--data_dir", str(small_data), "--tuning", "probe"]
 
     def key(*flags: str) -> str:
-        return encode.key_of(train.encoder_settings(settings.plan([*base, *flags])))
+        run = run_of([*base, *flags])
+        return features.key_of(train.encoder_settings(run, train.training_arguments(run)))
 
     half = ("--corrupt", "top", "--frac", "0.5")
     others = [half, (*half, "--seed", "1"), (*half, "--kaiming_a", "1"), ("--pooling", "mean"), ("--max_length", "32")]
@@ -72,12 +72,13 @@ def test_features_of_another_encoder_are_refused(tiny_bert: Path, small_data: Pa
     flags = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--data_dir", str(small_data), "--tuning", "probe"]
     flags += ["--output_dir", str(tmp_path)]
     data = data_prep.load("bbc_news", small_data)
-    train.make_trainer(settings.plan(flags), data)
-    (made,) = (path for path in (tmp_path / "features").iterdir() if path.is_dir())
-    run = settings.plan([*flags, "--corrupt", "bottom", "--frac", "1"])
-    made.rename(made.with_name(encode.key_of(train.encoder_settings(run))))
-    with pytest.raises(corrupt.ModelError, match="another encoder"):
-        train.make_trainer(run, data)
+    train.prepare_run(run_of(flags), data)
+    (folder,) = (path for path in (tmp_path / "features").iterdir() if path.is_dir())
+    run = run_of([*flags, "--corrupt", "bottom", "--frac", "1"])
+    key = features.key_of(train.encoder_settings(run, train.training_arguments(run)))
+    folder.rename(folder.with_name(key))
+    with pytest.raises(InputError, match="another encoder"):
+        train.prepare_run(run, data)
 
 
 # Sentence pairs keep their segments: 0 up to the first [SEP], 1 after it; the longer one is truncated first.
@@ -87,7 +88,7 @@ def test_pairs_and_their_cache(tiny_bert: Path, tmp_path: Path, capsys: pytest.C
     part = Dataset.from_dict(columns).cast_column("label", ClassLabel(names=["no", "yes"]))
     data, tokenizer = DatasetDict(train=part, test=part), AutoTokenizer.from_pretrained(tiny_bert)
     for attempt in ("made", "read", "mended"):
-        tokens, order = encode.tokenised(data, tokenizer, 12, tmp_path / "tokens")
+        tokens, order = features.tokenise(data, tokenizer, 12, tmp_path / "tokens")
         assert tokens["train"]["token_type_ids"][0] == [0] * 5 + [1] * 2
         assert tokens["train"]["token_type_ids"][1] == [0] * 3 + [1] * 9
         assert tokens["train"]["length"][:] == [7, 12] and order.tolist() == [0, 1]
@@ -102,24 +103,14 @@ def test_pairs_and_their_cache(tiny_bert: Path, tmp_path: Path, capsys: pytest.C
     assert {path.name for path in tmp_path.iterdir()} == {"tokens", ".tokens.lock"}
 
 
-# Three entries of 100 bytes and room for 250: the one used longest ago goes.
-def test_the_cache_is_bounded(tmp_path: Path) -> None:
-    for age, name in enumerate("abc"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.arrow").write_bytes(bytes(100))
-        os.utime(tmp_path / name, (1_000 - age, 1_000 - age))
-    encode.trim(tmp_path, limit=250)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["a", "b"]
-
-
 # The vectors that are kept are the library's hidden states of the saved model, row by row: at [CLS], or their mean
 # over the other tokens.
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_saved_vectors(pooling: str, tiny_bert: Path, small_data: Path, tmp_path: Path) -> None:
     flags = ["--model", str(tiny_bert), "--dataset", "rotten_tomatoes", "--data_dir", str(small_data), "--save_model"]
     flags += ["--save_vectors", "--num_train_epochs", "1", "--output_dir", str(tmp_path), "--disable_tqdm", "True"]
-    run = settings.plan([*flags, "--pooling", pooling])
-    train.execute(run)
+    run = run_of([*flags, "--pooling", pooling])
+    train.run_training(run)
     vectors = np.load(run.folder / "vectors.npy", allow_pickle=False)
     model, tokenizer = (kind.from_pretrained(run.folder / "model") for kind in (AutoModel, AutoTokenizer))
     for row, text in enumerate(data_prep.load("rotten_tomatoes", small_data)["test"]["text"]):
@@ -131,12 +122,21 @@ def test_saved_vectors(pooling: str, tiny_bert: Path, small_data: Path, tmp_path
     assert json.loads((run.folder / "result.json").read_text())["settings"]["pooling"] == pooling
 
 
-# A file that was cut off between two of its parts reads as whole, but with fewer rows: it is made again.
-def test_too_few_rows_in_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+# A whole file in the place of another, or one whose digest was not written before the process died: made again.
+def test_another_file_in_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = Dataset.from_dict({"x": [1, 2, 3, 4]})
-    for name, part in (("few", rows.select([0, 1])), ("all", rows)):
-        encode.made_once(DatasetDict(train=part), dict, tmp_path / name)
-    (tmp_path / "few" / "train.arrow").replace(tmp_path / "all" / "train.arrow")
-    made = encode.made_once(DatasetDict(train=rows), dict, tmp_path / "all")
-    assert made["train"]["x"][:] == [1, 2, 3, 4]
-    assert "train has 2 rows of 4" in capsys.readouterr().err
+
+    def read(name: str, rows: Dataset) -> list[int]:
+        return features.cached_map(DatasetDict(train=rows), lambda batch: {"y": batch["x"]}, tmp_path / name)["train"][
+            "y"
+        ][:]
+
+    assert (read("few", rows.select([0, 1])), read("all", rows)) == ([1, 2], [1, 2, 3, 4])
+    for lost in ("digest", "file"):
+        if lost == "digest":
+            (tmp_path / "all" / "train.sha256").unlink()
+        else:
+            (tmp_path / "few" / "train.arrow").replace(tmp_path / "all" / "train.arrow")
+        assert read("all", rows) == [1, 2, 3, 4]
+        assert "all/train.arrow is not what was written: making it again" in capsys.readouterr().err
+        assert read("all", rows) == [1, 2, 3, 4] and capsys.readouterr().err == ""

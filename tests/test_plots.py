@@ -36,8 +36,8 @@ def add_run(output_dir: Path, side: str, percent: float, strays: int = 0, f1: fl
     predictions.to_csv(folder / "predictions.csv.gz")
     result = {"data": {"rows_per_class": {"test": {"World": 20, "Sports": 20}}}}
     (folder / "result.json").write_text(json.dumps(result))
-    there = output_dir / "results.csv"
-    pd.DataFrame([row]).to_csv(there, mode="a", header=not there.exists(), index=False)
+    results = output_dir / "results.csv"
+    pd.DataFrame([row]).to_csv(results, mode="a", header=not results.exists(), index=False)
     return folder
 
 
@@ -296,10 +296,10 @@ def test_bad_input_is_one_line(
     if not flags and wrong not in ("no results", "no vectors", "three panels"):
         add_four(tmp_path, dataset="a_good_one")  # it would be drawn first if not all were checked before
     spoil(add_four(tmp_path)[1])
-    there = sorted(tmp_path.rglob("*"))
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit, match=r"^2$"):
         call(monkeypatch, tmp_path, *flags)
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("plots.py: error: ") and expected in err
-    assert sorted(tmp_path.rglob("*")) == there
+    assert sorted(tmp_path.rglob("*")) == before

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding, PreTrainedModel
 
 import corrupt
-import pack
+import unpad
 
 # what follows the encoder's output of shape (rows, positions, hidden size)
 FIRST = {
@@ -27,44 +27,43 @@ def head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def both(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The library's model, and ours with the same weights, both without dropout."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
-    ours, _ = corrupt.load_broken(folder, "none", None, seed=0, num_labels=3)
+    ours, _ = corrupt.load_corrupted(folder, "none", None, seed=0, num_labels=3)
     ours.load_state_dict(model.state_dict())
     return model, ours.eval()
 
 
 def batches(folder: Path) -> list[BatchEncoding]:
     """Single texts and a pair, padded right and left, rows of equal and of other lengths, and one without a mask."""
-    tokenizer, made = AutoTokenizer.from_pretrained(folder), []
+    tokenizer, padded = AutoTokenizer.from_pretrained(folder), []
+    texts, pairs = ["many words and more of them", "one", "one two", "two"], (["one", "two"], ["a", "b and c and d"])
     for side in ("right", "left"):
         tokenizer.padding_side = side
-        made.append(
-            tokenizer(["many words and more of them", "one", "one two", "two"], padding=True, return_tensors="pt")
-        )
-        made.append(tokenizer(["one", "two"], ["a", "b and c and d"], padding=True, return_tensors="pt"))
-    return [*made, tokenizer(["no mask"], return_attention_mask=False, return_tensors="pt")]
+        padded.append(tokenizer(texts, padding=True, return_tensors="pt"))
+        padded.append(tokenizer(*pairs, padding=True, return_tensors="pt"))
+    return [*padded, tokenizer(["no mask"], return_attention_mask=False, return_tensors="pt")]
 
 
 # The logits are the head's own, of hidden states whose position 0 was replaced, row by row, by [CLS] (which is not at
-# position 0 where the padding is left) or by the mean of the others. Packed or not, for every architecture.
+# position 0 where the padding is left) or by the mean of the others. Unpadded or not, for every architecture.
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("unpadded", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_pooling(architecture: str, packed: bool, pooling: str, tmp_path: Path) -> None:
+def test_pooling(architecture: str, unpadded: bool, pooling: str, tmp_path: Path) -> None:
     folder = random_model(architecture, tmp_path / architecture)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model, ours = both(folder)
-    if packed and architecture == "mpnet":
-        with pytest.raises(ValueError, match="mpnet cannot be packed"):
-            pack.pack(ours, pooling)
+    if unpadded and architecture == "mpnet":
+        with pytest.raises(ValueError, match="mpnet needs its padding"):
+            unpad.unpad(ours, pooling)
         return
-    if packed:
-        pack.pack(ours, pooling)
+    if unpadded:
+        unpad.unpad(ours, pooling)
     elif pooling == "mean":
-        pack.pool_mean(ours)
+        unpad.pool_mean(ours)
     with torch.no_grad():
         for batch in batches(folder):
             hidden = model.base_model(**batch).last_hidden_state
-            for row in range(len(hidden)) if packed or pooling == "mean" else ():
+            for row in range(len(hidden)) if unpadded or pooling == "mean" else ():
                 ids = batch["input_ids"][row].tolist()
                 others = [i for i in range(len(ids)) if ids[i] not in (tokenizer.cls_token_id, tokenizer.pad_token_id)]
                 vectors = [ids.index(tokenizer.cls_token_id)] if pooling == "cls" else others
@@ -72,12 +71,12 @@ def test_pooling(architecture: str, packed: bool, pooling: str, tmp_path: Path) 
             torch.testing.assert_close(ours(**batch).logits, head(model, hidden))
 
 
-# Every gradient of the packed model is the library's, of a padded batch of pairs.
-@pytest.mark.parametrize("architecture", pack.PACKABLE)
-def test_gradients_of_a_packed_batch(architecture: str, tmp_path: Path) -> None:
+# Every gradient of the unpadded model is the library's, of a padded batch of pairs.
+@pytest.mark.parametrize("architecture", unpad.UNPADDABLE)
+def test_gradients_of_an_unpadded_batch(architecture: str, tmp_path: Path) -> None:
     folder = random_model(architecture, tmp_path / architecture)
     model, ours = both(folder)
-    pack.pack(ours)
+    unpad.unpad(ours)
     batch = batches(folder)[1]
     for one in (model, ours):
         one(**batch, labels=torch.tensor([0, 2])).loss.backward()
@@ -88,7 +87,7 @@ def test_gradients_of_a_packed_batch(architecture: str, tmp_path: Path) -> None:
 
 
 def quick(hidden: torch.Tensor, p: float) -> torch.Tensor:
-    return pack.QuickDropout(p)(hidden)
+    return unpad.QuickDropout(p)(hidden)
 
 
 # Kept with probability 1 - p, alike in all four elements that one 64-bit draw serves and independently of each other:
@@ -114,7 +113,7 @@ def test_distribution_of_quick_dropout(p: float) -> None:
         assert chisquare(patterns, np.array(expected) * patterns.sum()).pvalue > 1e-3
 
 
-# The stream hangs on torch's seed alone; a call moves it on. An odd number of elements is no matter.
+# The stream depends on torch's seed alone; a call moves it on. The number of elements may be odd.
 def test_stream_of_quick_dropout() -> None:
     masks = []
     for seed in (0, 0, 1):
@@ -126,25 +125,23 @@ def test_stream_of_quick_dropout() -> None:
 
 # Every dropout of the model is ours afterwards and off when it is evaluated; in training, the attention's too, the
 # mean over many passes through the first layer's attention is the output without dropout.
-def test_dropout_in_a_packed_model(tmp_path: Path) -> None:
+def test_dropout_in_an_unpadded_model(tmp_path: Path) -> None:
     folder = random_model("bert", tmp_path / "bert")
     model, ours = both(folder)
-    pack.pack(ours)
-    pack.use_quick_dropout(ours)
+    unpad.unpad(ours)
+    unpad.use_quick_dropout(ours)
     kinds = {type(module) for module in ours.modules() if isinstance(module, nn.Dropout)}
-    assert kinds == {pack.QuickDropout}
+    assert kinds == {unpad.QuickDropout}
     batch = batches(folder)[0]
     with torch.no_grad():
         torch.testing.assert_close(ours(**batch).logits, model(**batch).logits)
-        first = ours.bert.encoder.layer[0].attention.self.train()
-        outputs = []
-        first.register_forward_hook(lambda *call: outputs.append(call[2][0]))
-        for _ in range(2_000):
-            ours.bert(**batch)
-        expected = []
-        first.eval().register_forward_hook(lambda *call: expected.append(call[2][0]))
-        ours.bert(**batch)
+        first, calls = ours.bert.encoder.layer[0].attention.self, []
+        first.register_forward_pre_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+        ours(**batch)
+        ((args, kwargs),) = calls
+        expected, _ = first(*args, **kwargs)
+        first.train()
+        outputs = torch.stack([first(*args, **kwargs)[0] for _ in range(2_000)])
     assert not torch.equal(outputs[0], outputs[1])
-    outputs = torch.stack(outputs)
-    error = (outputs.mean(0) - expected[0]).abs() / (outputs.std(0) / 2_000**0.5)
+    error = (outputs.mean(0) - expected).abs() / (outputs.std(0) / 2_000**0.5)
     assert error.max() < 6
