@@ -7,12 +7,12 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from common import RunError, atomic_write
@@ -88,26 +88,12 @@ class Checkpoints(TrainerCallback):
         rotate_checkpoints(args.output_dir, 1, state.best_model_checkpoint, use_mtime=False)
 
 
-@contextmanager
-def reports(run: Run, trainer: Trainer, resumed: bool) -> Iterator[None]:
-    """The Trainer reports the run to where --report_to says, until training ends, in whatever way it ends."""
-    kinds = (TensorBoardCallback, TrackioCallback, WandbCallback)
-    reporters = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kinds)]
-    for reporter in reporters:
-        if isinstance(reporter, TensorBoardCallback):
-            reporter.logging_dir = str(run.tensorboard)
-            if not resumed:
-                shutil.rmtree(run.tensorboard, ignore_errors=True)
-    failed = True
-    try:
-        yield
-        failed = False
-    finally:
-        for reporter in reporters:
-            trainer.remove_callback(reporter)
-            if isinstance(reporter, WandbCallback):
-                import wandb
+def reporters(run: Run, resumed: bool) -> list[TrainerCallback]:
+    """What the Trainer does not set up by itself: TensorBoard's curves under the run's name, begun anew or gone on."""
+    if run.config.report_to != "tensorboard":
+        return []
+    from torch.utils.tensorboard import SummaryWriter
 
-                wandb.finish(exit_code=int(failed))
-            else:
-                reporter.on_train_end(trainer.args, trainer.state, trainer.control)  # again, if all went well
+    if not resumed:
+        shutil.rmtree(run.tensorboard, ignore_errors=True)
+    return [TensorBoardCallback(SummaryWriter(str(run.tensorboard)))]

@@ -66,7 +66,7 @@ def count_tokens(dataset: str, data_dir: str, max_length: int) -> tuple[int, int
     tokenizer, counts = corrupt.load_tokenizer(corrupt.find_model("minilm")[0]), []
     for part in data_prep.load(prepared["dataset"], data_dir).values():
         texts = [list(part[column]) for column in part.column_names if column != "label"]
-        counts.append(sum(min(len(ids), max_length) for ids in tokenizer(*texts)["input_ids"]))
+        counts.append(sum(min(len(ids), max_length) for ids in tokenizer(*texts, verbose=False)["input_ids"]))
     return tuple(counts)
 
 
@@ -102,14 +102,15 @@ def finished_rates(output_dir: Path) -> dict[tuple, float]:
 
 def timed_rate(run: RunConfig, row_tokens: float) -> float:
     """Seconds of a token's pass: the median of three training steps with random weights, on rows of such length."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForSequenceClassification.from_config(shape_of(run.model), trust_remote_code=False)
+    device, shape = "cuda" if torch.cuda.is_available() else "cpu", shape_of(run.model)
+    model = AutoModelForSequenceClassification.from_config(shape, trust_remote_code=False)
     unpad.speed_up_encoder(model, run.pooling, run.no_unpadding or device != "cpu")
     model.train().to(device)
     rows = math.ceil(run.per_device_train_batch_size * min(1, 1e8 / encoder_weights(run.model)))
-    lengths = torch.linspace(row_tokens / 2, min(run.max_length, 1.5 * row_tokens), rows).round().long().clamp(min=2)
+    longest = min(run.max_length, 1.5 * row_tokens, getattr(shape, "max_position_embeddings", 514) - 2)
+    lengths = torch.linspace(longest / 3, longest, rows).round().long().clamp(min=2)
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device)
-    ids, times = torch.randint_like(mask, 1_000, shape_of(run.model).vocab_size), []
+    ids, times = torch.randint_like(mask, shape.vocab_size), []
     for _ in range(4):
         started = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=run.bf16):

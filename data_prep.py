@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import combinations
 from pathlib import Path
 
 import datasets
@@ -39,8 +40,6 @@ def validate(frame: pd.DataFrame, spec: DatasetSpec) -> pd.DataFrame:
     wanted = [*(theirs for theirs, _ in spec.columns), "label"]
     if absent := [column for column in wanted if column not in frame]:
         raise InputError(f"column {absent[0]!r} is missing: the source has {', '.join(map(repr, frame.columns))}")
-    if frame.empty:
-        raise InputError("the source has no rows: mend the source")
     frame = frame[wanted].rename(columns=dict(spec.columns))
     last = len(spec.label_names) - 1
     faults = {"no label": frame["label"].isna(), f"a label outside 0 to {last}": ~frame["label"].isin(range(last + 1))}
@@ -64,10 +63,9 @@ def merge_splits(parts: Frames, published: dict[str, int], spec: DatasetSpec, as
             frames.append(validate(parts[split], spec))
         missing = rows - len(parts[split])
         if as_published and missing:
-            raise InputError(
-                f"{split} has {len(parts[split]):,} rows and {rows:,} are published, {abs(missing):,} too "
-                f"{'few' if missing > 0 else 'many'}: get the whole source, or give --train_size and --test_size"
-            )
+            amount = f"{abs(missing):,} too {'few' if missing > 0 else 'many'}"
+            advice = "get the whole source, or give --train_size and --test_size"
+            raise InputError(f"{split} has {len(parts[split]):,} rows and {rows:,} are published, {amount}: {advice}")
     frame = pd.concat(frames, ignore_index=True)
     columns = [ours for _, ours in spec.columns]
     frame["key"] = frame[columns].map(normalised).agg("\x1f".join, axis=1)
@@ -100,30 +98,22 @@ def split_by_sentence(texts: list[str], labels: np.ndarray, test_size: int, seed
     Returns a boolean array of shape (phrases,): at least `test_size` are true, and none of them stands inside a
     phrase that is false.
     """
-    tokens = [tuple(text.split()) for text in texts]
-    phrase_of = {phrase: row for row, phrase in enumerate(tokens)}
-
-    def phrases_inside(row: int) -> set[int]:
-        words = tokens[row]
-        spans = (words[a:b] for a in range(len(words)) for b in range(a + 1, len(words) + 1))
-        return {phrase_of[span] for span in spans if span in phrase_of}
-
-    inside = [phrases_inside(row) for row in range(len(tokens))]
+    row_of = {tuple(text.split()): row for row, text in enumerate(texts)}
+    inside = [
+        {row_of[words[a:b]] for a, b in combinations(range(len(words) + 1), 2) if words[a:b] in row_of}
+        for words in row_of
+    ]
     parts = set().union(*(phrases - {row} for row, phrases in enumerate(inside)))
-    sentences = np.random.default_rng(seed).permutation([row for row in range(len(tokens)) if row not in parts])
+    sentences = np.random.default_rng(seed).permutation([row for row in range(len(texts)) if row not in parts])
     # stratified: the k-th of n sentences of a class stands at k/n of the way
     by_class = pd.Series(labels[sentences])
     progress = (by_class.groupby(by_class).cumcount() + 0.5) / by_class.map(by_class.value_counts())
 
-    sentences_left = Counter(phrase for sentence in sentences for phrase in inside[sentence])
-    held_out = np.zeros(len(tokens), dtype=bool)
-    for sentence in sentences[progress.argsort(kind="stable")]:
-        if held_out.sum() >= test_size:
-            break
-        for phrase in inside[sentence]:
-            sentences_left[phrase] -= 1
-            held_out[phrase] = sentences_left[phrase] == 0
-    return held_out
+    order = sentences[progress.argsort(kind="stable")]
+    last = np.zeros(len(texts), dtype=int)  # for each phrase, the place in the order of the last sentence that has it
+    for place, sentence in enumerate(order):
+        last[list(inside[sentence])] = place
+    return last <= np.sort(last)[min(test_size, len(texts)) - 1]
 
 
 def stratified(frame: pd.DataFrame, size: int | None, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -142,23 +132,20 @@ def stratified(frame: pd.DataFrame, size: int | None, seed: int) -> tuple[pd.Dat
     return frame[taken], frame[~taken]
 
 
-def split(
-    parts: Frames, spec: DatasetSpec, train_size: int | None, test_size: int | None, seed: int
-) -> tuple[Frames, dict[str, int]]:
-    """Train and test rows, every class in both, and what was dropped. Sizes that are None are the spec's.
+def split(parts: Frames, spec: DatasetSpec, given: dict[str, int | None], seed: int) -> tuple[Frames, dict[str, int]]:
+    """Train and test rows, every class in both, and what was dropped. Sizes `given` as None are the spec's.
 
     What is taken whole stays as it was published, duplicates too. What is drawn from has no duplicates and no text of
     the other part; where both are whole, the texts they share are counted as `shared_texts_kept`.
     """
-    given = {"train": train_size, "test": test_size}
-    sizes = {"train": train_size or spec.train_size, "test": test_size or spec.test_size}
+    sizes = {"train": given["train"] or spec.train_size, "test": given["test"] or spec.test_size}
     dropped = Counter(duplicate_texts=0, labels_outvoted=0, shared_texts=0, shared_texts_kept=0)
     if spec.test_from is None:
         rows, counts = without_duplicates(merge_splits(parts, spec.train_from, spec, not any(given.values())))
         dropped.update(counts)
         if spec.by_sentence:
             held_out = split_by_sentence(rows["text"].tolist(), rows["label"].to_numpy(), sizes["test"], seed)
-            train, test = rows[~held_out], stratified(rows[held_out], test_size, seed)[0]
+            train, test = rows[~held_out], stratified(rows[held_out], given["test"], seed)[0]
         else:
             test, train = stratified(rows, sizes["test"], seed)
     else:
@@ -176,10 +163,9 @@ def split(
         train, test = pools["train"], stratified(pools["test"], sizes["test"], seed)[0]
     rows = {"train": stratified(train, sizes["train"], seed)[0], "test": test}
     for name, part in rows.items():
-        if missing := sorted(set(range(len(spec.label_names))) - set(part["label"])):
-            names = ", ".join(spec.label_names[label] for label in missing)
+        if missing := [label for number, label in enumerate(spec.label_names) if not part["label"].eq(number).any()]:
             advice = "choose a larger size" if sizes[name] else "every class must be in both splits"
-            raise InputError(f"the {name} split of {len(part):,} rows has no row of {names}: {advice}")
+            raise InputError(f"the {name} split of {len(part):,} rows has no row of {', '.join(missing)}: {advice}")
     if test["label"].value_counts().max() < 2:
         raise InputError("the test split has one row of each class, and none for its second half: more are needed")
     return rows, dict(dropped)
@@ -190,9 +176,8 @@ def split(
 
 def own_names(data_dir: str | Path) -> list[str]:
     """The users' own sets that are prepared."""
-    names = sorted(path.parent.name for path in Path(data_dir).glob("[!.]*/manifest.json"))
-    records = {name: find_manifest(name, data_dir) for name in names if name not in DATASETS}
-    return [name for name, record in records.items() if record and record["dataset"] == name]
+    names = {path.parent.name for path in Path(data_dir).glob("[!.]*/manifest.json")} - {*DATASETS}
+    return [name for name in sorted(names) if (find_manifest(name, data_dir) or {}).get("dataset") == name]
 
 
 def resolve_dataset(dataset: str, data_dir: str | Path = "data") -> tuple[str, Path | None]:
@@ -203,27 +188,20 @@ def resolve_dataset(dataset: str, data_dir: str | Path = "data") -> tuple[str, P
     if dataset in DATASETS:
         return dataset, None
     if not Path(dataset).is_dir():
-        own = own_names(data_dir)
-        if dataset in own:
+        known = [*DATASETS, *own_names(data_dir)]
+        if dataset in known:
             return dataset, None
         what = f"unknown data set {dataset!r}" if Path(dataset).name == dataset else f"{dataset} is not a folder"
-        names = ", ".join([*DATASETS, *own])
-        raise InputError(f"{what}: choose from {names}, or give a folder with a train and a test file")
+        raise InputError(f"{what}: choose from {', '.join(known)}, or give a folder with a train and a test file")
     folder = Path(dataset).resolve()
     name, taken = folder.name, [*DATASETS, "tokens"]
-    if not re.fullmatch(r"\w[\w .,=+-]{0,59}", name) or plain(name) in map(plain, taken):
-        raise InputError(
-            f"{dataset} cannot be prepared as {name!r}: rename the folder, to up to 60 letters, digits, blanks or "
-            f"any of _.,=+-, other than {', '.join(taken)}"
-        )
+    plain = re.sub(r"[\W_]", "", name).lower()  # as a file system or a table may confuse it: SST-2 and sst2 are one
+    if not re.fullmatch(r"\w[\w .,=+-]{0,59}", name) or plain in "|".join(taken).replace("_", "").split("|"):
+        rule = f"up to 60 letters, digits, blanks or any of _.,=+-, other than {', '.join(taken)}"
+        raise InputError(f"{dataset} cannot be prepared as {name!r}: rename the folder, to {rule}")
     if folder.is_relative_to(Path(data_dir).resolve() / name):
         raise InputError(f"{dataset} is where prepared rows go: give the name {name}, or move your own files elsewhere")
     return name, Path(dataset)
-
-
-def plain(name: str) -> str:
-    """The name as a file system or a table may confuse it with another: SST-2 and sst2 are one."""
-    return re.sub(r"[\W_]", "", name).lower()
 
 
 def check_names(names: Iterable[str], data_dir: str | Path) -> None:
@@ -257,29 +235,23 @@ def prepare(
     request = {"split_version": SPLIT_VERSION, "train_size": train_size, "test_size": test_size, "seed": seed}
     check_request(request, Path(data_dir) / name)
     stored = find_manifest(name, data_dir)
-    if stored and stored["request"] != request:
-        stored = None
-    hub = "/".join(DATASETS[name].hub) if name in DATASETS else None  # None: a user's own set
-    if stored and source == "hub" and not folder and stored["source"].get("hub") == hub:
+    same = stored and stored["request"] == request
+    hub = DATASETS[name].hub if name in DATASETS else None  # None: a user's own set
+    if same and source == "hub" and not folder and stored["source"].get("hub") == hub:
         return stored  # does not ask the hub again, nor for an own set's files
     with explain(name, InputError):
         spec, parts, origin = read_source(name, folder, source)
-        if stored and stored["source"] == origin:
+        if same and stored["source"] == origin:
             return stored
-        rows, dropped = split(parts, spec, train_size, test_size, seed)
-    data = to_datasets(rows, spec)
-    record = {
-        "dataset": name,
-        "fingerprint": fingerprint(data),
-        "request": request,
-        "source": origin,
-        "dropped": dropped,
-        "rows": data.num_rows,
-        "rows_per_class": {
-            part: dict(zip(spec.label_names, frame["label"].value_counts().sort_index().tolist(), strict=True))
-            for part, frame in rows.items()
-        },
-    }
+        rows, dropped = split(parts, spec, {"train": train_size, "test": test_size}, seed)
+    features = {column: datasets.Value("string") for _, column in spec.columns}
+    features = datasets.Features(features, label=datasets.ClassLabel(names=list(spec.label_names)))
+    data, rows_per_class = datasets.DatasetDict(), {}
+    for part, frame in rows.items():
+        data[part] = datasets.Dataset.from_pandas(frame[list(features)], features=features, preserve_index=False)
+        rows_per_class[part] = dict(zip(spec.label_names, np.bincount(frame["label"]).tolist(), strict=True))
+    record = {"dataset": name, "fingerprint": fingerprint(data), "request": request, "source": origin}
+    record |= {"dropped": dropped, "rows": data.num_rows, "rows_per_class": rows_per_class}
     if write:
         save(data, record, Path(data_dir))
     return record
@@ -294,17 +266,6 @@ def check_request(request: dict, target: Path) -> None:
         raise InputError(f"--seed {request['seed']} is not from 0 to {2**32 - 1}")
     if target.exists() and not (target / "manifest.json").is_file():
         raise InputError(f"{target} was not made by data_prep.py: give another --data_dir or move it away")
-
-
-def to_datasets(rows: Frames, spec: DatasetSpec) -> datasets.DatasetDict:
-    features = datasets.Features({column: datasets.Value("string") for _, column in spec.columns})
-    features["label"] = datasets.ClassLabel(names=list(spec.label_names))
-    return datasets.DatasetDict(
-        {
-            part: datasets.Dataset.from_pandas(frame[list(features)], features=features, preserve_index=False)
-            for part, frame in rows.items()
-        }
-    )
 
 
 def save(data: datasets.DatasetDict, record: dict, data_dir: Path) -> None:
@@ -403,10 +364,9 @@ def load(name: str, data_dir: str | Path = "data") -> datasets.DatasetDict:
         record = manifest(name, data_dir)
         with explain(f"{folder} cannot be read: delete it and prepare it again", OSError, ValueError):
             data = datasets.load_from_disk(str(folder))
-            intact = fingerprint(data) == record["fingerprint"]
-    if not intact:
-        raise InputError(f"{folder} was changed after it was prepared: delete it and prepare it again")
-    return data
+            if fingerprint(data) == record["fingerprint"]:
+                return data
+    raise InputError(f"{folder} was changed after it was prepared: delete it and prepare it again")
 
 
 def fingerprint(data: datasets.DatasetDict) -> str:

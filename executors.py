@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from dataclasses import replace
 from functools import lru_cache
 from multiprocessing import forkserver
@@ -28,7 +29,7 @@ from uuid import uuid4
 import data_prep
 import run_dir
 from common import InputError, file_lock, one_line
-from config import Run
+from config import Run, RunConfig
 
 KILLED = "its process was killed twice, perhaps because memory is short: --jobs 1 needs less"
 
@@ -106,18 +107,20 @@ class LocalPool:
 
 
 def start_server() -> None:
-    """Start the server of processes if none is running: it imports `train` from here, not from the working directory.
+    """Start the server of processes, unless it runs. It imports the `train` from here, wherever the grid was called.
 
-    It and its processes leave Ctrl-C to the grid: a signal that is ignored stays so in what is started meanwhile.
+    It and its processes leave Ctrl-C to the grid: what is started while a signal is ignored ignores it, too.
     """
     forkserver.set_forkserver_preload(["train"])
-    path, handler = os.environ.get("PYTHONPATH"), signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), path]))
-    os.environ["PYTHONSAFEPATH"] = "1"
-XXX
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with chdir(Path(__file__).parent):
+        forkserver.ensure_running()
+    signal.signal(signal.SIGINT, handler)
+
 
 def run_in_process(run: Run, wait_for_others: bool, threads: int, gpu: str | None, answer: Connection) -> None:
     """A process for one run: it leaves the console to the grid, and ends when the grid ends."""
+    multiprocessing.set_start_method(None, force=True)  # the usual: else a killed process's locks outlive it
     Thread(target=end_with_parent, daemon=True).start()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):  # until the run's log takes them
@@ -149,7 +152,7 @@ class RayPool:
     here; so are the prepared rows to a machine that has not the same.
     """
 
-    def __init__(self, output_dir: str, data_dir: str, runs_per_gpu: int, memory: Callable[[Run], float]) -> None:
+    def __init__(self, output_dir: str, data_dir: str, runs_per_gpu: int, memory: Callable[[RunConfig], float]) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
@@ -195,7 +198,7 @@ class RayPool:
         """Do the runs, as `LocalPool.run_all` does. Raises InputError if no machine has the memory for one of them."""
         task, running = self.ray.remote(run_on_node), {}
         for run in runs:
-            memory = int(self.memory(run))
+            memory = int(self.memory(run.config))
             if memory > max(machine.get("memory", 0) for machine in self.machines):
                 raise InputError(f"{run.name} needs {memory / 2**30:.1f} GiB: no machine of the cluster has that")
             name, model = run.config.dataset, Path(run.config.model)

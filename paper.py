@@ -55,7 +55,8 @@ def model_name(name: str) -> str:
 def hub_names(name: str) -> tuple[str, ...]:
     """The names under which the hub, or its cache, may have a model: `name` first."""
     ours = model_name(name)
-    return tuple(dict.fromkeys([name, *([ours, MODELS[ours].hub_name] if ours in MODELS else [])]))
+    names = [name, ours, MODELS[ours].hub_name] if ours in MODELS else [name]
+    return tuple(dict.fromkeys(filter(None, names)))
 
 
 def model_title(name: str) -> str:
@@ -155,7 +156,7 @@ class Sweep:
     frac: tuple[Fraction, ...] = tuple(Fraction(k, 4) for k in range(5))  # where it is a whole number of layers
     learning_rate: tuple[float, ...] = (1e-5, 2e-5, 5e-5)
     seed: tuple[int, ...] = (0,)
-    num_train_epochs: float = 10
+    num_train_epochs: float = 10.0
     save_vectors: bool = False
 
 
@@ -167,7 +168,7 @@ FIGURE_1 = Sweep(
     ("ag_news",), model=("bert-base-uncased",), frac=(Fraction(0), Fraction(1, 4), Fraction(1)), save_vectors=True
 )
 # Learning rates for runs of 76 and 10 steps, and of 50 for the head alone: high.
-DEMO = Sweep(("rotten_tomatoes",), model=("minilm",), learning_rate=(8e-5,), num_train_epochs=2)
+DEMO = Sweep(("rotten_tomatoes",), model=("minilm",), learning_rate=(8e-5,), num_train_epochs=2.0)
 DEMO_BBC = replace(DEMO, dataset=("bbc_news",), learning_rate=(2e-4,), save_vectors=True)
 DEMO_PROBE = Sweep(("bbc_news",), tuning="probe", model=("minilm",), learning_rate=(1e-2,))
 PRESETS = {

@@ -1,6 +1,6 @@
-"""Statistics of runs and cells, as functions of frames alone: they read no file and print nothing. F1 is in percent.
+"""Statistics, as functions of frames alone: of one run, of a cell's runs, of several cells. F1 is in percent.
 
-Used by aggregate.py.
+aggregate.py uses them; they read no file and print nothing.
 """
 
 from itertools import pairwise
@@ -9,16 +9,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from paper import CLAIMS
-
-HALVES = ["picked_on_a", "then_on_b", "picked_on_b", "then_on_a"]  # F1 on the two halves of the test split
 COMPARED = ["rows", "f1_bottom", "f1_top", "difference", "low", "high"]
 COMPARED += ["n_only_bottom_correct", "n_only_top_correct", "p_mcnemar"]
 COLLAPSED = 0.99  # of the predictions are one class
 RESAMPLES = 10_000
-
-
-# ---- One run ----
 
 
 def picked_on_halves(epochs: pd.DataFrame, expected: int) -> dict[str, float]:
@@ -28,8 +22,8 @@ def picked_on_halves(epochs: pd.DataFrame, expected: int) -> dict[str, float]:
     half_a, half_b = 100 * epochs["weighted_f1_half_a"], 100 * epochs["weighted_f1_half_b"]
     if not (half_a.between(0, 100) & half_b.between(0, 100)).all():
         raise ValueError("an F1 is not from 0 to 1")
-    on_a, on_b = half_a.idxmax(), half_b.idxmax()
-    return dict(zip(HALVES, (half_a[on_a], half_b[on_a], half_b[on_b], half_a[on_b]), strict=True))
+    a, b = half_a.idxmax(), half_b.idxmax()
+    return {"picked_on_a": half_a[a], "then_on_b": half_b[a], "picked_on_b": half_b[b], "then_on_a": half_a[b]}
 
 
 def collapse_stats(predictions: pd.DataFrame) -> dict[str, float | bool]:
@@ -45,9 +39,6 @@ def collapse_stats(predictions: pd.DataFrame) -> dict[str, float | bool]:
     return {"most_predicted": 100 * shares.iloc[0], "collapsed": collapsed, "constant_f1": constant_f1}
 
 
-# ---- The runs of a cell ----
-
-
 def same_seeds(runs: pd.DataFrame, cell: list[str]) -> tuple[pd.DataFrame, list[str]]:
     """The runs whose seed every learning rate of their cell has, and a line for each cell that loses runs by it.
 
@@ -56,9 +47,9 @@ def same_seeds(runs: pd.DataFrame, cell: list[str]) -> tuple[pd.DataFrame, list[
     """
     groups, notes = [], []
     for key, group in runs.groupby(cell):
-        seeds = [set(of_rate) for _, of_rate in group.groupby("learning_rate")["seed"]]
+        seeds = group.groupby("learning_rate")["seed"].agg(set)
         common = set.intersection(*seeds)
-        if any(of_rate != common for of_rate in seeds):
+        if any(seeds != common):
             words = f"only {sorted(common)} are compared" if common else "none is common, each mean is over its own"
             notes.append(f"{in_words(key)}: learning rates have different seeds: {words}")
         groups.append(group[group["seed"].isin(common)] if common else group)
@@ -77,45 +68,38 @@ def pick_learning_rate(runs: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
     second. `lr_at_grid_edge`: the best learning rate is the lowest or the highest tried, so a better one may lie
     outside.
     """
-    groups = runs.groupby([*cell, "learning_rate"])
-    mean = groups[["f1", "constant_f1", *HALVES]].mean()
-    mean = mean.assign(f1_std=groups["f1"].std(), seeds=groups["seed"].nunique(), layers=groups["layers"].first())
-    mean = mean.assign(
-        collapsed=groups["collapsed"].any(), collapsed_runs=groups["collapsed"].sum(), runs=groups["run"].agg(" ".join)
-    ).reset_index()
-    best = {}
-    for score in ("f1", "picked_on_a", "picked_on_b"):
-        order = mean.sort_values([score, "learning_rate"], ascending=[False, True])
-        best[score] = order.drop_duplicates(cell).set_index(cell).sort_index()
-    cells, rates = best["f1"], mean.groupby(cell)["learning_rate"]
-    cells["cross_fitted"] = (best["picked_on_a"]["then_on_b"] + best["picked_on_b"]["then_on_a"]) / 2
+    mean = ("f1", "constant_f1", "picked_on_a", "then_on_b", "picked_on_b", "then_on_a")
+    columns = {name: (name, "mean") for name in mean}
+    columns |= {"f1_std": ("f1", "std"), "seeds": ("seed", "nunique"), "layers": ("layers", "first")}
+    columns |= {"collapsed": ("collapsed", "any"), "collapsed_runs": ("collapsed", "sum"), "runs": ("run", " ".join)}
+    by_rate = runs.groupby([*cell, "learning_rate"]).agg(**columns).reset_index()
+    cells, best_on_a, best_on_b = (
+        by_rate.sort_values([score, "learning_rate"], ascending=[False, True]).drop_duplicates(cell).set_index(cell)
+        for score in ("f1", "picked_on_a", "picked_on_b")
+    )
+    cells["cross_fitted"] = (best_on_a["then_on_b"] + best_on_b["then_on_a"]) / 2
     cells["selection_bias"] = cells["f1"] - cells["cross_fitted"]
+    rates = by_rate.groupby(cell)["learning_rate"]
     at_edge = cells["learning_rate"].eq(rates.min()) | cells["learning_rate"].eq(rates.max())
     cells["lr_at_grid_edge"] = at_edge.astype("boolean").where(rates.size() > 1)
-    return cells.assign(learning_rates_tried=rates.agg(lambda rates: " ".join(f"{rate:g}" for rate in rates)))
-
-
-# ---- Several cells ----
+    cells["learning_rates_tried"] = rates.agg(lambda rates: " ".join(f"{rate:g}" for rate in rates))
+    return cells.sort_index()
 
 
 def count_claims(cells: pd.DataFrame) -> list[tuple[int, int]]:
-    """For each of CLAIMS, in one table's cells: how many comparisons hold it, strictly, and of how many.
+    """For each of the paper's claims, in one table's cells: how many comparisons hold it, strictly, and of how many.
 
     Compared are each corrupted cell with the uncorrupted one; each degree with the next one that is there, along
     bottom and along top; bottom with top at the same degree.
     """
-    counts = [(0, 0)] * len(CLAIMS)
+    below, less, bottom_top = [], [], []  # pairs of F1, the one that a claim has lower first
     for _, group in cells.groupby(["model", "variant", "dataset"]):
-        f1, uncorrupted = group.set_index(["percent", "side"])["f1"].to_dict(), (0, "none")
+        f1 = group.set_index(["percent", "side"])["f1"].to_dict()
+        below += [(f1[cell], f1[0, "none"]) for cell in f1 if cell != (0, "none") and (0, "none") in f1]
         paths = [sorted(cell for cell in f1 if cell[1] in ("none", side, "all")) for side in ("bottom", "top")]
-        lower_higher = (
-            {(cell, uncorrupted) for cell in f1 if cell != uncorrupted and uncorrupted in f1},
-            {(more, less) for path in paths for less, more in pairwise(path)},
-            {(cell, (cell[0], "top")) for cell in f1 if cell[1] == "bottom" and (cell[0], "top") in f1},
-        )
-        holds = [sum(f1[low] < f1[high] for low, high in pairs) for pairs in lower_higher]
-        counts = [(n + h, of + len(p)) for (n, of), h, p in zip(counts, holds, lower_higher, strict=True)]
-    return counts
+        less += [(f1[high], f1[low]) for low, high in {step for path in paths for step in pairwise(path)}]
+        bottom_top += [(f1[cell], f1[cell[0], "top"]) for cell in f1 if cell[1] == "bottom" and (cell[0], "top") in f1]
+    return [(sum(low < high for low, high in pairs), len(pairs)) for pairs in (below, less, bottom_top)]
 
 
 def weighted_f1(counts: np.ndarray, labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:

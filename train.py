@@ -113,15 +113,12 @@ class PairedTrainer(Trainer):
         loader.batch_sampler.sampler = SequentialSampler(loader.dataset)  # group_by_length would shuffle predictions
         return loader
 
+    get_test_dataloader = get_eval_dataloader
+
 
 def split_halves(labels: np.ndarray) -> np.ndarray:
     """0 or 1 for each row: two fixed halves of the test split, of the same class shares (odd ones go to half 0)."""
     return pd.Series(labels).groupby(labels).cumcount().to_numpy() % 2
-
-
-@lru_cache(maxsize=1)
-def metric() -> evaluate.EvaluationModule:
-    return evaluate.load(str(METRIC), keep_in_memory=True)
 
 
 def mean_over_batch(
@@ -140,6 +137,8 @@ def training_arguments(wanted: RunConfig, checkpoints: Path, name: str) -> Train
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     chosen = {field: value for field, value in vars(wanted).items() if field in known}
     values = config.PROTOCOL | config.AFFECTS | chosen | {"dataloader_pin_memory": torch.cuda.is_available()}
+    if wanted.report_to == "tensorboard":
+        values["report_to"] = "none"  # callbacks.reporters sees to it
     if in_worker():
         values["disable_tqdm"] = True
     if wanted.resume:
@@ -187,14 +186,14 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
     plain = wanted.no_unpadding or args.device.type != "cpu"  # none of it has been measured on a GPU
     speed = {"unpadded": unpad.speed_up_encoder(model, wanted.pooling, plain), "quick_dropout": not plain}
     rows, collator = TUNINGS[wanted.tuning](model, tokens, tokenizer, run, args)
-    predicted: list[np.ndarray] = []
+    metric, predicted = evaluate.load(str(METRIC), keep_in_memory=True), []
 
     def compute_metrics(evaluated: transformers.EvalPrediction) -> dict[str, float]:
         classes, labels = evaluated.predictions.argmax(-1), evaluated.label_ids
         predicted.append(classes)
-        scores = metric().compute(predictions=classes, references=labels)
+        scores = metric.compute(predictions=classes, references=labels)
         for name, part in (("half_a", half == 0), ("half_b", half == 1)):
-            part_scores = metric().compute(predictions=classes[part], references=labels[part])
+            part_scores = metric.compute(predictions=classes[part], references=labels[part])
             scores[f"weighted_f1_{name}"] = part_scores["weighted_f1"]
         return scores
 
@@ -267,15 +266,15 @@ def run_training(run: Run) -> dict:
                 "resumed_from": [*resumed_from, part | {p: version(p) for p in ("torch", "transformers")}],
             }
 
-        for callback in (timer, callbacks.Checkpoints(run, progress), callbacks.Progress(run)):
+        watchers = [timer, callbacks.Checkpoints(run, progress), callbacks.Progress(run)]
+        for callback in [*watchers, *callbacks.reporters(run, resumed=checkpoint is not None)]:
             trainer.add_callback(callback)
-        with callbacks.reports(run, trainer, resumed=checkpoint is not None):
-            try:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            except Exception as error:
-                if should_reduce_batch_size(error):
-                    raise RunError(out_of_memory(run, trainer.args)) from error
-                raise
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                raise RunError(out_of_memory(run, trainer.args)) from error
+            raise
 
         epochs = epoch_table(trainer.state.log_history)
         evaluating = sum(row.get("eval_runtime", 0) for row in trainer.state.log_history)
@@ -284,8 +283,8 @@ def run_training(run: Run) -> dict:
         predictions = pd.DataFrame({"label": data["test"]["label"], "prediction": best_classes[rows]})
         if run.config.save_model or run.config.save_vectors:
             with unpad.capture_pooled(trainer.model) as pooled:
-                trainer.evaluate()
-            if (predicted[-1] != best_classes).any():
+                read_back = trainer.predict(trainer.eval_dataset)
+            if (read_back.predictions.argmax(-1) != best_classes).any():
                 raise RunError(
                     "the best epoch's weights give other predictions when they are read back: this machine does not "
                     "compute the same twice"

@@ -1,84 +1,174 @@
-"""Who does the runs: a worker that is killed, what each worker has of the machine, and a Ray cluster."""
+"""Who does the runs: processes that are killed or whose grid ends, what each has of the machine, and a Ray cluster."""
 
 import contextlib
 import json
 import os
 import shutil
+import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
 from uuid import uuid4
 
 import psutil
 import pytest
+import torch
+from conftest import run_of
 
+import config
 import cost
 import data_prep
-import settings
-import workers
+import executors
+import run_dir
+import train
+from executors import WorkerLayout, run_in_process
+
+ROOT = Path(executors.__file__).parent
+LIMIT = 300  # seconds, of what takes a few: a busy machine may take its time
 
 
-@pytest.fixture
-def flags(tiny_bert: Path, small_data: Path, tmp_path: Path) -> list[str]:
-    where = ["--model", str(tiny_bert), "--dataset", "rotten_tomatoes", "--data_dir", str(small_data)]
-    return [*where, "--output_dir", str(tmp_path / "outputs")]
+def wait_until(condition: Callable[[], object]) -> object:
+    limit = time.monotonic() + LIMIT
+    while not (value := condition()):
+        assert time.monotonic() < limit, "waited for too long"
+        time.sleep(0.05)
+    return value
 
 
-# Two workers share one core and have a GPU each. A run whose worker is killed is done again; killed twice, it has
-# failed, and says why. The other worker goes on meanwhile.
-def test_a_killed_worker(flags: list[str]) -> None:
-    short = settings.plan([*flags, "--num_train_epochs", "1"])
-    long = settings.plan([*flags, "--num_train_epochs", "100000"])
-    killed = []
+@contextlib.contextmanager
+def local_pool(*layout: object) -> Iterator[executors.LocalPool]:
+    with contextlib.closing(executors.LocalPool(WorkerLayout(*layout))) as pool:
+        yield pool
+
+
+# A run whose process is killed is done again; killed twice, it has failed, and says why. Another run goes on meanwhile.
+def test_a_killed_process(flags: list[str]) -> None:
+    short, long = run_of([*flags, "--num_train_epochs", "1"]), run_of([*flags, "--num_train_epochs", "100000"])
 
     def kill_twice() -> None:
-        while len(killed) < 2:
-            time.sleep(0.1)
-            if not (long.unfinished / "new").exists():
-                continue
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.Error):
-                    if child.environ().get("CUDA_VISIBLE_DEVICES") == "4" and child not in killed:
-                        shutil.rmtree(long.unfinished)
-                        child.kill()
-                        killed.append(child)
+        killed = []
+        for _ in range(2):
+            wait_until((long.work_dir / "now.json").exists)
+            (process,) = wait_until(
+                lambda: [p for run, _, p in list(pool.running.values()) if run == long and p.pid not in killed]
+            )
+            process.kill()
+            killed.append(process.pid)
 
     killer = Thread(target=kill_twice)
-    with workers.Here(workers.Staff(2, 1, ("4", "7"))) as here:
-        assert here.each(os.getenv, "CUDA_VISIBLE_DEVICES") == ["4", "7"]
-        assert here.each(os.getenv, "OMP_NUM_THREADS") == ["1", "1"]
+    with local_pool(2, 1) as pool:
         killer.start()
-        said = [(run.folder, state) for run, state, _ in here.work([[long], [short]])]
-    killer.join()
-    assert sorted(said) == sorted([(long.folder, "again"), (long.folder, "failed"), (short.folder, "done")])
-    assert json.loads((long.folder / "failure.json").read_text())["reason"] == workers.KILLED
-    assert settings.result_of(short)
+        outcomes = list(pool.run_all([long, short]))
+        killer.join()
+    states = sorted((run.name, state) for run, state, _ in outcomes)
+    assert states == sorted([(long.name, "again"), (long.name, "failed"), (short.name, "done")])
+    assert f"{long.folder}: {executors.KILLED}" in [line for _, _, line in outcomes]
+    assert json.loads((long.folder / "failure.json").read_text())["reason"] == executors.KILLED
+    assert run_dir.load_valid_result(short)
+
+
+def say_what_it_has(run: config.Run, wait: bool, threads: int, gpu: str | None, answer: Connection) -> None:
+    """In a run's process: in the place of the run, its GPU and its threads; the first waits until the second began."""
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # from its first moment
+
+    def say(run: config.Run, wait: bool) -> tuple[str, str]:
+        run.work_dir.mkdir(parents=True)
+        wait_until(lambda: len(list(run.work_dir.parent.iterdir())) >= 2)
+        return os.environ["CUDA_VISIBLE_DEVICES"], str(torch.get_num_threads())
+
+    train.run_in_worker = say
+    run_in_process(run, wait, threads, gpu, answer)
+
+
+# Two processes side by side have a GPU each, and as many threads as they were given; a third run gets one of the two.
+def test_gpus_and_threads(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "run_in_process", say_what_it_has)
+    runs = [run_of([*flags, "--seed", seed]) for seed in "012"]
+    with local_pool(2, 3, ("4", "7")) as pool:
+        outcomes = list(pool.run_all(runs))
+    assert {run.name: threads for run, _, threads in outcomes} == {run.name: "3" for run in runs}
+    gpus = {run.name: gpu for run, gpu, _ in outcomes}
+    assert {gpus[runs[0].name], gpus[runs[1].name]} == {"4", "7"} and gpus[runs[2].name] in ("4", "7")
+
+
+def hear_ctrl_c() -> None:
+    """In a process that begins: what the shell that started the tests may have set to be ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def started_grid(flags: list[str], folder: Path) -> Iterator[psutil.Popen]:
+    """A grid in a process group of its own, called from another folder; its run would take hours."""
+    flags = [*flags, "--preset", "demo", "--frac", "0", "--tuning", "full", "--num_train_epochs", "100000"]
+    folder.mkdir()
+    with (folder / "said").open("w") as said:
+        grid = psutil.Popen(
+            [sys.executable, str(ROOT / "grid.py"), *flags, "--output_dir", "outputs"],
+            cwd=folder,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            preexec_fn=hear_ctrl_c,
+        )
+    try:
+        yield grid
+    finally:
+        for process in [*grid.children(recursive=True), grid] if grid.poll() is None else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        grid.wait()
+
+
+# Ctrl-C ends a grid with one line and exit code 130; one that is killed says nothing. Neither leaves a process. Runs
+# are forked from a server that has imported all, also if the grid is called from another folder.
+def test_no_process_outlives_its_grid(flags: list[str], tmp_path: Path) -> None:
+    folders = [tmp_path / "cut off", tmp_path / "killed"]
+    with started_grid(flags, folders[0]) as cut_off, started_grid(flags, folders[1]) as killed:
+        for grid, folder in zip((cut_off, killed), folders, strict=True):
+            wait_until(lambda: len(list(folder.glob("outputs/unfinished/*/now.json"))) == 1)  # noqa: B023
+            started = grid.children(recursive=True)
+            (server,) = [child for child in grid.children() if "forkserver" in " ".join(child.cmdline())]
+            assert len(server.children()) == 1 and any("libtorch" in file.path for file in server.memory_maps())
+            if grid is cut_off:
+                os.killpg(grid.pid, signal.SIGINT)
+            else:
+                grid.kill()
+            _, alive = psutil.wait_procs([grid, *started], LIMIT)
+            assert alive == [] and grid.returncode == (130 if grid is cut_off else -signal.SIGKILL)
+    there, *said = (folders[0] / "said").read_text().splitlines()
+    assert there == "1 runs: 0 are there, 1 to do"
+    assert len(said) == 1 and said[0].startswith("interrupted: the same command goes on")
+    assert list((folders[0] / "outputs" / "unfinished").iterdir()) == []
+    assert (folders[1] / "said").read_text() == f"{there}\n"
 
 
 # A machine that sees the output folder writes there; one that does not gets the rows and sends the result. Both give
-# the numbers of this machine's workers. The set is a user's own, of which the files are on this machine alone.
+# the numbers of this machine's processes. The set is a user's own, of which the files are on this machine alone.
 def test_ray(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", uuid4().hex)  # else Ray would write one to the user's home
     data, own = tmp_path / "data", tmp_path / "sets" / "mydata"
     own.mkdir(parents=True)
-    for part, rows in data_prep.load("rotten_tomatoes", flags[5]).items():
+    for part, rows in data_prep.load("rotten_tomatoes", flags[flags.index("--data_dir") + 1]).items():
         rows.to_csv(own / f"{part}.csv")
-    flags = [*flags, "--num_train_epochs", "2", "--data_dir", str(data), "--dataset", str(own)]
-    plans = [settings.plan([*flags, "--seed", seed]) for seed in "01"]
-    here_too = [settings.plan([*flags, "--seed", seed, "--output_dir", str(tmp_path / "here")]) for seed in "01"]
-    with workers.Here(workers.Staff(1, 1)) as here:
-        said_here = [line for _, _, line in here.work([here_too])]
+    flags = [*flags, "--data_dir", str(data), "--dataset", str(own)]
+    runs = [run_of([*flags, "--seed", seed]) for seed in "01"]
+    here = [run_of([*flags, "--seed", seed, "--output_dir", str(tmp_path / "here")]) for seed in "01"]
+    with local_pool(1, 1) as pool:
+        lines = [line for _, _, line in pool.run_all(here)]
     shutil.rmtree(own)
-    with workers.OnRay(str(tmp_path / "outputs"), str(data), 1, cost.memory) as cluster:
-        shared, apart = plans
-        assert [said[1:] for said in cluster.work([[shared]])] == [("done", said_here[0])]
+    with contextlib.closing(executors.RayPool(str(tmp_path / "outputs"), str(data), 1, cost.memory)) as cluster:
+        shared, apart = runs
+        assert [outcome[1:] for outcome in cluster.run_all([shared])] == [("done", lines[0])]
         cluster.token.unlink()
         data.rename(tmp_path / "not seen")
-        assert [said[1:] for said in cluster.work([[apart]])] == [("done", said_here[1])]
-    for run, other in zip(plans, here_too, strict=True):
-        assert settings.result_of(run)["commit"] == settings.result_of(other)["commit"]
+        assert [outcome[1:] for outcome in cluster.run_all([apart])] == [("done", lines[1])]
+    for run, other in zip(runs, here, strict=True):
+        assert run_dir.load_valid_result(run)["commit"] == run_dir.load_valid_result(other)["commit"]
         for name in ("epochs.csv", "predictions.csv.gz"):
             assert (run.folder / name).read_bytes() == (other.folder / name).read_bytes()
     assert list((tmp_path / "outputs" / "unfinished").iterdir()) == []

@@ -15,6 +15,7 @@ import data_prep
 import features
 import train
 from common import InputError
+from config import Run
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
@@ -52,13 +53,17 @@ def test_probe_equals_the_frozen_run(architecture: str, pooling: str, tmp_path: 
     np.testing.assert_allclose(logits(probe), logits(plain), rtol=0, atol=1e-6)
 
 
+def key_of(run: Run) -> str:
+    args = train.training_arguments(run.config, run.work_dir, run.name)
+    return features.key_of(train.encoder_settings(run, args))
+
+
 # Other corruption, seed, pooling or data: other features. Another learning rate or more epochs: the same.
 def test_what_the_features_depend_on(tiny_bert: Path, small_data: Path) -> None:
     base = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--data_dir", str(small_data), "--tuning", "probe"]
 
     def key(*flags: str) -> str:
-        run = run_of([*base, *flags])
-        return features.key_of(train.encoder_settings(run, train.training_arguments(run)))
+        return key_of(run_of([*base, *flags]))
 
     half = ("--corrupt", "top", "--frac", "0.5")
     others = [half, (*half, "--seed", "1"), (*half, "--kaiming_a", "1"), ("--pooling", "mean"), ("--max_length", "32")]
@@ -75,8 +80,7 @@ def test_features_of_another_encoder_are_refused(tiny_bert: Path, small_data: Pa
     train.prepare_run(run_of(flags), data)
     (folder,) = (path for path in (tmp_path / "features").iterdir() if path.is_dir())
     run = run_of([*flags, "--corrupt", "bottom", "--frac", "1"])
-    key = features.key_of(train.encoder_settings(run, train.training_arguments(run)))
-    folder.rename(folder.with_name(key))
+    folder.rename(folder.with_name(key_of(run)))
     with pytest.raises(InputError, match="another encoder"):
         train.prepare_run(run, data)
 

@@ -3,13 +3,17 @@
 import dataclasses
 import importlib
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
-import settings
+import config
+import train
 
-SCRIPTS = ("data_prep", "corrupt", "train", "grid", "aggregate", "figure1", "report")
+SCRIPTS = ("data_prep", "corrupt", "train", "grid", "aggregate", "plots", "report")
 
 
 def help_of(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, flag: str = "--help") -> str:
@@ -34,9 +38,26 @@ def test_help_is_short_and_has_examples(
     assert {word for example in examples for word in example if word.startswith("--")} <= listed
     if script == "train":
         for example in examples:
-            settings.parse(example[2:])
+            config.RunConfig(**config.parse_flags(config.run_parser(train.__doc__), example[2:]))
 
 
 def test_help_all_has_every_flag_of_the_trainer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     text = help_of("train", monkeypatch, capsys, "--help_all")
     assert not [field.name for field in dataclasses.fields(TrainingArguments) if f"--{field.name} " not in text]
+
+
+# train.py and grid.py tell help and a wrong flag without the seconds that torch takes.
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--no_such_flag", 2)])
+def test_told_before_torch_is_imported(flag: str, code: int) -> None:
+    run = f"""
+import runpy, sys
+for script in ("train.py", "grid.py"):
+    sys.argv = [script, "{flag}"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        print("ends", end.code, *{{"torch", "transformers", "datasets"}} & sys.modules.keys(), file=sys.stderr)
+"""
+    command, root = [sys.executable, "-c", run], Path(config.__file__).parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert [line for line in done.stderr.splitlines() if line.startswith("ends")] == [f"ends {code}"] * 2, done.stderr

@@ -78,9 +78,9 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path, tiny_bert: Path) -> Iterator[ThreadingHTTPServer]:
-    """A hub with one model, and with SST-2 as the hub lays it out."""
+    """A hub with one model, under the newer of BERT-base's two names, and with SST-2 as the hub lays it out."""
     root = tmp_path / "hub"
-    model, data = root / "models" / "org" / "tiny-bert", root / "datasets" / "stanfordnlp" / "sst2"
+    model, data = root / "models" / "google-bert" / "bert-base-uncased", root / "datasets" / "stanfordnlp" / "sst2"
     model.mkdir(parents=True)
     (data / "data").mkdir(parents=True)
     for path in tiny_bert.iterdir():
@@ -97,35 +97,43 @@ def hub(tmp_path: Path, tiny_bert: Path) -> Iterator[ThreadingHTTPServer]:
         server.shutdown()
 
 
+SCRIPTS = """
+import importlib, json, sys
+for script, *flags in json.loads(sys.argv[1]):
+    sys.argv = [f"{script}.py", *flags]
+    try:
+        importlib.import_module(script).main()
+    except SystemExit as end:
+        print(script, "ends with", end.code)
+"""
+
+
+# What was had from the hub is there without it, also under the model's older name, and is the same run.
 def test_with_a_hub_and_then_without(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-    }
     data_dir, outputs = tmp_path / "data", tmp_path / "outputs"
 
-    def script(name: str, *flags: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, f"{name}.py", *map(str, flags)]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    def run(port: int, *scripts: tuple[str, ...]) -> subprocess.CompletedProcess:
+        hub_there = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
+        command = [sys.executable, "-c", SCRIPTS, json.dumps(scripts)]
+        options = {"capture_output": True, "text": True, "timeout": 300, "check": True}
+        return subprocess.run(command, cwd=ROOT, env=os.environ | hub_there, **options)
 
-    prepared = script("data_prep", "--dataset", "sst2", "--train_size", 80, "--test_size", 40, "--data_dir", data_dir)
-    assert prepared.returncode == 0, prepared.stderr
+    def train(model: str) -> tuple[str, ...]:
+        what = ("--corrupt", "bottom", "--frac", "0.5", "--num_train_epochs", "1", "--disable_tqdm", "True")
+        return ("train", "--model", model, *what, "--data_dir", str(data_dir), "--output_dir", str(outputs))
+
+    sizes = ("--train_size", "80", "--test_size", "40", "--data_dir", str(data_dir), "--output_dir", str(outputs))
+    prepare = ("data_prep", "--dataset", "sst2", *sizes)
+    done = run(hub.server_port, prepare, train("google-bert/bert-base-uncased"), train("org/no-such-model"))
     manifest = json.loads((data_dir / "sst2" / "manifest.json").read_text())
     assert manifest["source"] == {"hub": "stanfordnlp/sst2", "revision": REVISION}
-
-    command = ["--model", "org/tiny-bert", "--corrupt", "bottom", "--frac", "0.5", "--num_train_epochs", "1"]
-    command += ["--data_dir", data_dir, "--output_dir", outputs]
-    done = script("train", *command)
-    assert done.returncode == 0, done.stderr
     (path,) = outputs.glob("runs/*/result.json")
-    assert path.parent.name.startswith("org--tiny-bert@")
-    assert json.loads(path.read_text())["model"]["revision"] == REVISION
+    assert path.parent.name.startswith("bert-base-uncased@") and f"done: {path.parent}" in done.stdout
+    model = json.loads(path.read_text())["model"]
+    assert (model["name"], model["revision"]) == ("google-bert/bert-base-uncased", REVISION)
+    assert "unknown model 'org/no-such-model'" in done.stderr and done.stdout.endswith("train ends with 2\n")
 
-    unknown = script("train", *command, "--model", "org/no-such-model")
-    assert unknown.returncode == 2 and "unknown model 'org/no-such-model'" in unknown.stderr
-
-    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there
-    again = script("train", *command)
-    assert again.returncode == 0 and "was there already" in again.stdout
-    assert "org/tiny-bert is read from the cache" in again.stderr
+    again = run(9, train("bert-base-uncased"), train("distilbert-base-uncased"))  # nothing listens at this port
+    assert f"was there already: {path.parent}" in again.stdout
+    assert "bert-base-uncased is read from the cache" in again.stderr
+    assert "'distilbert-base-uncased' is not on this machine and the hub cannot be reached" in again.stderr

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import settings
+from conftest import run_of
 from test_own_data import BAD_FOLDERS, films, refused, write
 
 import aggregate
+import config
 import cost
 import data_prep
 import grid
+import run_dir
 import train
 
 
@@ -55,19 +57,19 @@ def test_train(mydata: Path, tiny_bert: Path, tmp_path: Path, monkeypatch: pytes
     predictions = pd.read_csv(path.with_name("predictions.csv.gz"))
     assert predictions["label"].tolist() == data_prep.load("mydata", tmp_path / "data")["test"]["label"]
 
-    by_name = settings.plan(flags_of("mydata", tiny_bert, tmp_path))
-    assert settings.result_of(by_name) == result and settings.plan(flags).folder == by_name.folder == path.parent
+    by_name = run_of(flags_of("mydata", tiny_bert, tmp_path))
+    assert run_dir.load_valid_result(by_name) == result and run_of(flags).folder == by_name.folder == path.parent
     assert capsys.readouterr().out == ""
 
     data_prep.prepare(str(mydata), train_size=30, data_dir=tmp_path / "data")
     films(50).to_csv(mydata / "train.csv", index=False)
-    again = settings.plan(flags)
+    again = run_of(flags)
     assert f"mydata in {tmp_path}/data is from other files than {mydata} has now" in (output := capsys.readouterr().out)
     assert "30 train and 20 test rows" in output and "10 texts shared by train and test left out" in output
     assert again.data["rows"] == {"train": 30, "test": 20} and again.folder != by_name.folder
 
     mydata.rename(mydata.with_name("elsewhere"))
-    assert settings.plan(flags_of("mydata", tiny_bert, tmp_path)).folder == again.folder
+    assert run_of(flags_of("mydata", tiny_bert, tmp_path)).folder == again.folder
     assert "mydata is not a folder: choose from sst2, " in refused(
         train, [str(mydata), *flags[:2]], tmp_path, monkeypatch, capsys
     )
@@ -79,6 +81,7 @@ def test_grid(
     mydata: Path, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     flags = [*flags_of(mydata, tiny_bert, tmp_path), "--learning_rate", "1e-3"]
+    place = str(mydata), str(tmp_path / "data")
 
     def output_of(*more: str) -> str:
         what = ["--preset", "table1", "--frac", "0", "0.5", "--corrupt", "none", "top", "--jobs", "1"]
@@ -90,17 +93,18 @@ def test_grid(
     listed = output_of("--dry_run")
     assert listed.count(f"missing python train.py --model {tiny_bert}") == 2 and "2 runs: 0 are there" in listed
     assert f"{mydata} is not prepared" in listed and sorted(tmp_path.rglob("*")) == before
-    assert cost.work([flags])[2:5] == (40 * 64 / 2, 1, 20 * 64)  # one of two batches, and one of 20 test rows
+    assert cost.count_rows(*place) == (40, 20) and cost.count_tokens(*place, 64) == (40 * 64, 20 * 64)
     assert "2 runs: 0 are there, 2 to do" in output_of() and "2 runs: 2 are there, 0 to do" in output_of("--dry_run")
-    cost.tokens.cache_clear()
-    assert cost.tokens(str(mydata), str(tmp_path / "data"), 64) == (40 * 4, 20 * 4)  # [CLS] film 7 [SEP]
+    cost.count_tokens.cache_clear()
+    assert cost.count_tokens(*place, 64) == (40 * 4, 20 * 4)  # [CLS] film 7 [SEP]
 
     runs, *_ = aggregate.read_runs(tmp_path / "outputs")
     table = aggregate.paper_table(aggregate.make_cells(runs))
     assert list(table.text) == ["model", "corruption", "mydata bottom", "mydata top"]
     assert table.text["mydata top"].ne("").all() and len(table.text) == 2
-    run = shlex.split(listed.splitlines()[0])[3:]  # without: missing python train.py
-    assert grid.is_there(run)
+    words = shlex.split(listed.splitlines()[0])[3:]  # without: missing python train.py
+    run = config.RunConfig(**config.parse_flags(config.run_parser(train.__doc__), words))
+    assert grid.find_run(run)
     films(50).to_csv(mydata / "train.csv", index=False)
-    assert not grid.is_there(run)
+    assert not grid.find_run(run)
     assert data_prep.manifest("mydata", tmp_path / "data")["rows"]["train"] == 40

@@ -1,45 +1,39 @@
 """What a run says while it is done, what is kept of it, and what a grid shows, on a terminal and elsewhere."""
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
-import time
 import warnings
+from contextlib import closing
 from importlib.util import find_spec
+from io import StringIO
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_unfinished import cut_off
+from conftest import run_of
+from rich.console import Console
+from test_run_dir import cut_off
 
+import callbacks
+import config
+import executors
 import progress
-import settings
+import run_dir
 import train
-import unfinished
-import workers
+from config import Run
+from executors import run_in_process
 
-ROOT = Path(train.__file__).parent
 CONTROL = re.compile(r"\x1b\[[?\d;]*[A-Za-z]")
 
 
-@pytest.fixture
-def flags(tiny_bert: Path, small_data: Path, tmp_path: Path) -> list[str]:
-    where = ["--model", str(tiny_bert), "--dataset", "rotten_tomatoes", "--data_dir", str(small_data)]
-    return [*where, "--num_train_epochs", "2", "--learning_rate", "1e-3", "--output_dir", str(tmp_path / "outputs")]
-
-
-def noisy(runs: list[settings.Run], again: list[str]) -> list[object]:
-    """In a worker: do the runs, each of which says something in every way, and then one that fails."""
+def noisy(run: Run, wait: bool, threads: int, gpu: str | None, answer: Connection) -> None:
+    """In a run's process: do the run, which says something in every way, and fails at its end if it keeps the model."""
 
     def noise(*_: object, **__: object) -> None:
         print("printed")
@@ -49,85 +43,82 @@ def noisy(runs: list[settings.Run], again: list[str]) -> list[object]:
         logging.getLogger("datasets").warning("a library's warning")
         logging.getLogger("transformers").error("a library's error")
 
-    def loggers() -> list[object]:
-        found = [logging.getLogger(name) for name in ("transformers", "datasets", "huggingface_hub")]
-        return [(each.level, list(each.handlers), [handler.level for handler in each.handlers]) for each in found]
-
-    unfinished.HowFar.on_train_begin = noise
-    train.quieten()
-    before = loggers()
-    said = [train.do(run.flags, run.settings, False)[0] for run in runs]
-    unfinished.install = lambda run: 1 / 0
-    return [*said, train.do(again, runs[0].settings, False)[0], loggers() == before]
+    console = os.open(Path(run.config.output_dir) / "console", os.O_WRONLY | os.O_CREAT)
+    for descriptor in (1, 2):
+        os.dup2(console, descriptor)
+    callbacks.Progress.on_train_begin = noise
+    if run.config.save_model:
+        run_dir.publish = lambda run: 1 / 0
+    run_in_process(run, wait, threads, gpu, answer)
 
 
-# A worker's runs have a log each, with what Python, its libraries and C say, all of it once, and the console gets none
-# of it; also the run that fails has one, beside the result that is there.
-def test_each_run_has_its_log(flags: list[str], capfd: pytest.CaptureFixture) -> None:
-    runs = [settings.plan([*flags, "--seed", seed]) for seed in "01"]
-    with workers.Here(workers.Staff(1, 1)) as here:
-        (said,) = here.each(noisy, runs, [*flags, "--save_model"])
-    assert said == ["done", "done", "failed", True] and tuple(capfd.readouterr()) == ("", "")
-    said = [
-        "printed",
-        "an error",
-        "said by C",
-        ".*UserWarning: a warning",
-        ".*a library's warning",
-        ".*a library's error",
-    ]
-    for number, run in enumerate(runs):
-        log = (run.folder / "log.txt").read_text()
-        assert [len(re.findall(rf"(?m)^([\d: -]{{20}})?{line}$", log)) for line in said] == [1] * len(said)
-        assert log.count("INFO transformers.trainer: ***** Running training *****") == 1
-        assert log.count("'eval_weighted_f1'") == 2 and log.count(f"--seed {number}") == log.count("--seed") == 1
-        assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d |said by C$", line) for line in log.splitlines())
-    assert settings.result_of(runs[0])
-    log = (runs[0].folder / "failure.log").read_text()
+# A process's run has a log, with what Python, its libraries and C say, all of it once, and the console gets none of it;
+# also the run that fails has one, beside the result that is there.
+def test_each_run_has_its_log(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "run_in_process", noisy)
+    (tmp_path / "outputs").mkdir()
+    run, failing = run_of(flags), run_of([*flags, "--save_model"])
+    with closing(executors.LocalPool(executors.WorkerLayout(1, 1))) as pool:
+        assert [state for _, state, _ in pool.run_all([run, failing])] == ["done", "failed"]
+    assert (tmp_path / "outputs" / "console").read_text() == ""
+    said = ["printed", "an error", "said by C", ".*Warning: a warning", ".*a library's warning", ".*a library's error"]
+    log = (run.folder / "log.txt").read_text()
+    assert [len(re.findall(rf"(?m)^([\d: -]{{20}})?{line}$", log)) for line in said] == [1] * len(said)
+    assert log.count("INFO transformers.trainer: ***** Running training *****") == 1
+    assert log.count("'eval_weighted_f1'") == 2 and log.count(run.command) == 1
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d |said by C$", line) for line in log.splitlines())
+    assert run_dir.load_valid_result(run)
+    log = (run.folder / "failure.log").read_text()
     assert "said by C" in log and "ZeroDivisionError" in log.splitlines()[-1]
 
 
-# A single run says on the console what it always did, the Trainer's lines or its bar; the log has the rest too.
+# A run by itself says on the console what it always did, the Trainer's lines or its bar; the log has the rest too.
 @pytest.mark.parametrize("bar", [False, True])
-def test_the_console_of_a_single_run(bar: bool, flags: list[str]) -> None:
-    command = [sys.executable, "train.py", *flags, "--disable_tqdm", str(not bar)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("'eval_weighted_f1'") == 2, done.stderr
-    assert "Running training" not in done.stdout + done.stderr and ("6/6" in done.stderr) == bar
-    (log,) = settings.plan(flags).folder.glob("log.txt")
-    assert log.read_text().count("'eval_weighted_f1'") == 2 and "INFO transformers.trainer" in log.read_text()
-    assert not CONTROL.search(log.read_text()) and log.read_text().count("\r") == 0
+def test_the_console_of_a_single_run(
+    bar: bool, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--disable_tqdm", str(not bar)])
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    train.main()
+    out, err = capsys.readouterr()
+    assert out.count("'eval_weighted_f1'") == 2 and "weighted F1" in out.splitlines()[-3]
+    assert "Running training" not in out + err and ("6/6" in err) == bar
+    log = (run_of(flags).folder / "log.txt").read_text()
+    assert log.count("'eval_weighted_f1'") == 2 and "INFO transformers.trainer" in log
+    assert not CONTROL.search(log) and log.count("\r") == 0
 
 
-def curves(run: settings.Run) -> pd.DataFrame:
+def curves(run: Run) -> pd.DataFrame:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # not in each run's process
+
     events = EventAccumulator(str(run.tensorboard)).Reload()
     names = {"train_loss": "train/loss", "eval_loss": "eval/loss", "weighted_f1": "eval/weighted_f1"}
     return pd.DataFrame({name: [event.value for event in events.Scalars(tag)] for name, tag in names.items()})
 
 
-# TensorBoard's own reader finds each run of a worker under its name, with the curves of its table and nothing else's,
+# TensorBoard's own reader finds each run of a process under its name, with the curves of its table and nothing else's,
 # also if the run was done before, or was cut off and went on; to report changes no digit.
 def test_tensorboard(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags += ["--report_to", "tensorboard", "--num_train_epochs", "3"]
-    plans = [settings.plan([*flags, "--tuning", tuning]) for tuning in ("full", "probe")]
-    failing = settings.plan([*flags, "--learning_rate", "1e38"])
-    assert train.do(failing.flags, failing.settings, False)[0] == "failed"
+    plans = [run_of([*flags, "--tuning", tuning]) for tuning in ("full", "probe")]
+    failing = run_of([*flags, "--learning_rate", "1e38"])
+    assert train.run_in_worker(failing, False)[0] == "failed"
     for run in (*plans, *plans):
-        assert train.do(run.flags, run.settings, False)[0] == "done"
+        assert train.run_in_worker(run, False)[0] == "done"
         table = pd.read_csv(run.folder / "epochs.csv")[["train_loss", "eval_loss", "weighted_f1"]]
         pd.testing.assert_frame_equal(curves(run), table.astype(np.float32).astype(float), check_exact=True)
         (run.folder / "result.json").unlink()
     assert {path.name for path in (tmp_path / "outputs" / "tensorboard").iterdir()} == {
         run.folder.name for run in (*plans, failing)
     }
-    other = settings.plan([*flags, "--report_to", "none", "--output_dir", str(tmp_path / "other")])
-    train.once(other)
+    other = run_of([*flags, "--report_to", "none", "--output_dir", str(tmp_path / "other")])
+    train.run_or_reuse(other)
     for name in ("epochs.csv", "predictions.csv.gz"):
         assert (other.folder / name).read_bytes() == (plans[0].folder / name).read_bytes()
 
     resumed = [*flags, "--resume", "--output_dir", str(tmp_path / "resumed")]
-    cut_off(settings.plan(resumed), 2, monkeypatch)
-    train.once(run := settings.plan(resumed))
+    cut_off(run_of(resumed), 2, monkeypatch)
+    train.run_or_reuse(run := run_of(resumed))
     pd.testing.assert_frame_equal(curves(run), curves(plans[0]))
 
 
@@ -135,105 +126,100 @@ def test_tensorboard(flags: list[str], tmp_path: Path, monkeypatch: pytest.Monke
 def test_reports_that_are_refused(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    absent = [["--report_to", name] for name in settings.REPORTERS if not find_spec(name)]
+    absent = [["--report_to", name] for name in config.REPORTERS if name != "none" and not find_spec(name)]
     for wrong in (["--run_name", "mine"], ["--report_to", "nobody"], ["--report_to", "mlflow"], *absent):
         monkeypatch.setattr(sys, "argv", ["train.py", *flags, *wrong])
         with pytest.raises(SystemExit) as exit_info:
             train.main()
         assert exit_info.value.code == 2 and not (tmp_path / "outputs").exists()
-        assert re.fullmatch(rf"train.py: error: {wrong[0]}.*\n", capsys.readouterr().err)
+        assert re.fullmatch(rf"train.py: error: (argument )?{wrong[0]}.*\n", capsys.readouterr().err)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def progress_is(run: Run, epoch: float, f1: float | None = None) -> None:
+    """Leave what a process that does this run of four epochs leaves."""
+    (run.work_dir / "new").mkdir(parents=True, exist_ok=True)
+    now = {"epoch": epoch, "epochs": 4, "fraction": epoch / 4, "weighted_f1": f1}
+    (run.work_dir / "now.json").write_text(json.dumps(now))
 
 
 # Of costs 1, 1 and 2 the last was cut off in epoch 2 of 4, so that a quarter of it need not be done again: 3.5 to do.
 # After 100 s the first is done and the last is half done: 1 + 2 (1/2 - 1/4) = 1.5, and 2 are left. Then one fails.
-def test_the_time_left(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, last = runs = [settings.plan([*flags, "--resume", "--seed", seed]) for seed in "012"]
-
-    def says(epoch: float, fraction: float) -> None:
-        now = {"epoch": epoch, "epochs": 4, "fraction": fraction, "weighted_f1": None}
-        (last.unfinished / "now.json").write_text(json.dumps(now))
-
-    clock = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    last.unfinished.mkdir(parents=True)
-    says(1.5, 0.375)
-    display = progress.Display(runs, [1, 1, 2], "one worker")
+def test_the_time_left(flags: list[str], clock: list[float]) -> None:
+    first, second, last = runs = [run_of([*flags, "--resume", "--seed", seed]) for seed in "012"]
+    progress_is(last, 1.5)
+    (last.work_dir / "new").rmdir()
+    display = progress.Display(runs, [1, 1, 2], "2 x 1 thread")
     assert display.time_left() is None
-    (last.unfinished / "new").mkdir()
-    says(2.0, 0.5)
+    progress_is(last, 2.0)
     clock[0] += 100
-    display.ended_as(first, "done", "")
+    display.add_outcome(first, "done", "")
     assert display.time_left() == pytest.approx(100 * 2 / 1.5)
-    display.ended_as(second, "failed", "")
+    display.add_outcome(second, "failed", "")
     assert display.time_left() == pytest.approx(100 * 1 / 1.5)
 
 
-class Terminal:
-    """A grid whose output is a pseudo-terminal of 80 columns, and all that was drawn on it."""
-
-    def __init__(self, *flags: str) -> None:
-        self.end, line = pty.openpty()
-        self.resize(80)
-        env = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "grid.py", *flags]
-        start = {"stdin": line, "stdout": line, "stderr": line, "start_new_session": True, "env": env}
-        self.grid = subprocess.Popen(command, cwd=ROOT, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY), **start)
-        os.close(line)
-        self.drawn = ""
-
-    def resize(self, columns: int) -> None:
-        fcntl.ioctl(self.end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-
-    def read(self, until: str | None = None) -> int | None:
-        """Read until a pattern is seen, or to the end; then the exit code."""
-        raw, since = self.drawn.encode(), len(self.drawn)
-        with contextlib.suppress(OSError):
-            while more := os.read(self.end, 65536):
-                raw += more
-                self.drawn = raw.decode(errors="ignore")
-                if until and re.search(until, CONTROL.sub("", self.drawn[since:])):
-                    return None
-        return self.grid.wait(60)
+# What the display shows at two widths: what is done, failed and left, the share of the work and the time (of five equal
+# runs one failed, one is done and one half done: 1.5 of 4), each run that is under way with its epoch and the last F1.
+# No line is wider than the terminal, and what does not fit is the run's name.
+@pytest.mark.parametrize("width", [80, 50])
+def test_the_display(width: int, flags: list[str], clock: list[float]) -> None:
+    flags += ["--dataset", "bbc_news", "--corrupt", "top", "--frac", "1/2"]
+    done, failed, half_done, beginning, _ = runs = [run_of([*flags, "--seed", seed]) for seed in "01234"]
+    console = Console(file=StringIO(), force_terminal=True, width=width)
+    display = progress.Display(runs, [1] * 5, "2 x 1 thread", console)
+    progress_is(half_done, 2.0, 0.5678)
+    (beginning.work_dir / "new").mkdir(parents=True)
+    clock[0] += 90
+    display.add_outcome(done, "done", "")
+    display.add_outcome(failed, "failed", "")
+    console.print(display.render())
+    head, bar, *lines = CONTROL.sub("", console.file.getvalue()).splitlines()
+    assert head == "1 of 5 runs done, 1 failed, 3 left (2 x 1 thread)"
+    assert re.fullmatch(r"[━╸╺]+ +38 % +90 s gone, about 2 min left *", bar)
+    assert max(map(len, [head, bar, *lines])) <= width and len(bar) == width - 2
+    what = "tiny-bert, 50 % top, bbc_news, lr 0.001, seed {}"
+    for line, seed, state in zip(lines, "23", (r"epoch 2 of 4 +F1 56.78 %", "starting"), strict=True):
+        name, shown = re.fullmatch(rf"(.*?) +{state} *", line)[1], what.format(seed)
+        assert name == shown if width == 80 else name.endswith("…") and shown.startswith(name[:-1])
 
 
-# The display on a terminal: the running run with its epoch and its F1 (that of its table), what is done, failed and
-# left; it follows the terminal's width, and leaves the cursor visible when it ends, by itself or by Ctrl-C.
-def test_the_display(tiny_bert: Path, small_data: Path, tmp_path: Path) -> None:
-    epochs, output = 40, tmp_path / "outputs"
-    flags = ["--preset", "demo", "--model", str(tiny_bert), "--dataset", "bbc_news", "--percent", "0", "--jobs", "1"]
-    flags += ["--data_dir", str(small_data), "--output_dir", str(output), "--num_train_epochs", str(epochs)]
+# On a terminal a line for each run that ended, as it is, above the display; the cursor comes back in whatever way the
+# grid ends.
+def test_the_display_ends(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    runs = [run_of([*flags, "--seed", seed]) for seed in "01"]
+    console = Console(file=StringIO(), force_terminal=True, width=80)
+    with pytest.raises(KeyboardInterrupt), progress.Display(runs, [1, 1], "1 x 2 threads", console) as display:
+        display.add_outcome(runs[0], "done", "model [bold]x[/bold]: weighted F1 12.34 %" + 80 * ".")
+        raise KeyboardInterrupt
+    drawn = console.file.getvalue()
+    assert drawn.count("model [bold]x[/bold]: weighted F1 12.34 %" + 80 * "." + "\n") == 1
+    assert "1 of 2 runs done, 0 failed, 1 left" in drawn
+    assert -1 < drawn.rindex("\x1b[?25l") < drawn.rindex("\x1b[?25h")
 
-    cut = Terminal(*flags, "--num_train_epochs", "5000", "--output_dir", str(tmp_path / "cut"))
-    assert cut.read(until=r"epoch \d+ of 5000 +F1 \d") is None
-    cut.resize(50)
-    cut.read(until="gone")
-    wide = len(cut.drawn)
-    cut.read(until="(?s)gone.*F1")
-    lines = [line for line in re.split(r"[\r\n]+", CONTROL.sub("", cut.drawn[wide:])) if "lr" in line or "gone" in line]
-    assert lines and max(map(len, lines)) <= 50
-    os.write(cut.end, b"\x03")
-    assert cut.read() == 130 and "interrupted: " in cut.drawn
-    assert cut.drawn.rindex("\x1b[?25h") > cut.drawn.rindex("\x1b[?25l")
 
-    probe = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--tuning", "probe", "--learning_rate", "1e-2"]
-    blocked = settings.plan([*probe, *flags[-6:]]).folder
-    blocked.parent.mkdir(parents=True)
-    blocked.write_text("")  # something stands where its folder should be
-    whole = Terminal(*flags)
-    assert whole.read() == 1
-    seen = CONTROL.sub("", whole.drawn)
-    line = rf"tiny-bert, undamaged, bbc_news, lr ([\d.e-]+), seed 0 +epoch (\d+) of {epochs} +F1 (\S+) %"
-    shown = re.findall(line, seen)
-    tables = {
-        json.loads(path.read_text())["settings"]["learning_rate"]: pd.read_csv(path.with_name("epochs.csv"))
-        for path in output.glob("runs/*/result.json")
-    }
-    assert len(tables) == 2 and shown
-    for rate, epoch, f1 in shown:  # of this epoch or, while it is not tested, of the one before
-        near = tables[float(rate)].query(f"epoch in ({int(epoch) - 1}, {epoch})")["weighted_f1"]
-        assert f1 in [f"{100 * value:.2f}" for value in near]
-    assert re.search(r"\d+ s gone, about \d+ s left", seen)
-    assert "1 of 3 runs done, 0 failed, 2 left" in seen or "1 of 3 runs done, 1 failed, 1 left" in seen
-    assert "2 of 3 runs done, 1 failed, 0 left" in seen and "100 %" in seen and seen.count("weighted F1") == 2
-    assert whole.drawn.rindex("\x1b[?25h") > whole.drawn.rindex("\x1b[?25l")
-    assert "1 of 3 runs failed:" in seen.splitlines()[-2]
+# Elsewhere a plain line for each, and nothing that moves a cursor.
+def test_plain_lines(flags: list[str], clock: list[float], capsys: pytest.CaptureFixture) -> None:
+    runs = [run_of([*flags, "--seed", seed]) for seed in "012"]
+    with progress.Display(runs, [1, 1, 1], "1 x 2 threads") as display:
+        for run, state in zip((runs[0], runs[1], runs[1], runs[2]), ("done", "again", "failed", "done"), strict=True):
+            clock[0] += 10
+            display.add_outcome(run, state, "what became of it")
+    assert capsys.readouterr().out.splitlines() == [
+        "[1 of 3, about 20 s left] what became of it",
+        "[1 of 3, about 40 s left] again: what became of it",
+        "[2 of 3, about 30 s left] failed: what became of it",
+        "[3 of 3] what became of it",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(119.4, "119 s"), (120, "2 min"), (5399, "90 min"), (5400, "1.5 h")])
+def test_durations(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text
