@@ -17,13 +17,12 @@ nothing to make a table of.
 import json
 import sys
 import zlib
+from collections.abc import Iterator
 from contextlib import ExitStack
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 import stats
@@ -32,19 +31,10 @@ from config import NEUTRAL_VALUES, RESULTS_VERSION
 from paper import CLAIMS, DATASETS, MODELS, TABLES, dataset_title, model_title, published_cells, table_of
 
 CELL = ["model", "variant", "side", "percent", "dataset", "pooling", "tuning"]
+ACROSS = r"(0|100)%"  # the corruption in rows that have one number for bottom and top
 PLACE = ["table", "model", "percent", "side", "dataset"]  # a cell of a paper table
-VALUES = ["f1", "collapsed", "f1_std", "cell"]  # what a paper table holds of a cell
+KNOWN = {"table": TABLES, "model": MODELS, "dataset": DATASETS}  # columns that have an order in paper.py
 UNREADABLE = (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError)
-
-
-class PaperTable(NamedTuple):
-    """A table in the paper's layout: four frames of the same shape, but `text` begins with two columns of names."""
-
-    text: pd.DataFrame
-    collapsed: pd.DataFrame
-    std: pd.DataFrame  # over seeds, as text
-    cell: pd.DataFrame  # which row of the cells a number comes from
-    missing: int
 
 
 def warn(line: str) -> None:
@@ -144,69 +134,76 @@ def read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=names).fillna({"variant": ""})
 
 
-def in_order(names: pd.Series, known: dict) -> list[str]:
-    """The names that occur: known ones first, in their order, then the others."""
+def in_order(names: pd.Series) -> list[str]:
+    """The names that occur: those of paper.py first, in their order there, then the others."""
+    known = [*KNOWN.get(names.name, ())]
     return sorted(set(names), key=lambda name: ([*known, name].index(name), name))
 
 
-def paper_table(cells: pd.DataFrame) -> PaperTable:
-    """One table's cells in the paper's layout, for our cells and for the paper's own.
+def groups(frame: pd.DataFrame, *by: str) -> Iterator[tuple[tuple, pd.DataFrame]]:
+    """The frame's groups as of groupby, but in the order of paper.py."""
+    ordered = frame.sort_values([*by], key=lambda names: names.map(in_order(names).index), kind="stable")
+    yield from ordered.groupby([*by], sort=False)
 
-    A row for each model and degree of corruption, columns `<data set> bottom` and `<data set> top`. 0 % and 100 % have
-    no side: the paper prints one number across both columns, here it stands in both. `std` is empty where there is one
-    seed. `missing` counts the cells in these rows and columns that were not run.
+
+def format_cells(cells: pd.DataFrame, bold: str = "{}", red: str = "{}", std: str = " ± {:.2f}") -> pd.Series:
+    """One table's cells as text: the higher of bottom and top in bold, collapsed ones in red, the deviation over seeds.
+
+    A cell that was not run is empty, and so is the deviation where there is one seed.
     """
-    columns = pd.MultiIndex.from_product([in_order(cells["dataset"], DATASETS), ["bottom", "top"]])
-    cells = cells.assign(model=pd.Categorical(cells["model"], in_order(cells["model"], MODELS)), cell=cells.index)
-    cells["f1_std"] = cells.get("f1_std", np.nan)
+    texts = cells["f1"].map("{:.2f}".format)
+    number = texts.astype(float)
+    lowest = number.groupby([cells[name] for name in ("model", "variant", "percent", "dataset")]).transform("min")
+    texts = texts.mask(cells["collapsed"].eq(True), texts.map(red.format))
+    texts = texts.mask(number > lowest, texts.map(bold.format))
+    texts += cells["f1_std"].map(std.format, na_action="ignore").fillna("")
+    return texts.where(cells["f1"].notna(), "")
+
+
+def paper_table(cells: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
+    """One table in the paper's layout, of a value for each of its cells, ours or the paper's.
+
+    A row for each model and degree of corruption; columns `model`, `corruption`, and for each data set
+    `<data set> bottom` and `<data set> top`. 0 % and 100 % have no side: the paper prints one number across both
+    columns, here it stands in both. A cell that is not there is empty.
+    """
+    columns = pd.MultiIndex.from_product([in_order(cells["dataset"]), ["bottom", "top"]])
+    cells = cells.assign(model=pd.Categorical(cells["model"], in_order(cells["model"])), value=values.astype(object))
     across = cells["percent"].isin([0, 100])
-    cells = pd.concat([cells[~across], *(cells[across].assign(side=side) for side in ("bottom", "top"))])
-    wide = cells.set_index(["model", "variant", "percent", "layers", "dataset", "side"])[VALUES]
-    wide = wide.unstack(["dataset", "side"])
-    f1, collapsed, std, cell = (wide[values].reindex(columns=columns) for values in VALUES)
-    text, collapsed = f1.map(lambda value: "" if pd.isna(value) else f"{value:.2f}"), collapsed.eq(True)
-    std = std.map(lambda value: "" if pd.isna(value) else f" ± {value:.2f}")
-    text.columns = collapsed.columns = std.columns = cell.columns = [
-        f"{dataset_title(name)} {side}" for name, side in columns
-    ]
-    text.insert(0, "model", [" ".join([model_title(model), variant]).strip() for model, variant, *_ in f1.index])
-    text.insert(1, "corruption", [f"{part:g}% (1-{depth})" if depth else "0%" for *_, part, depth in f1.index])
-    missing = sum(row.isna().sum() / (2 if degree[2] in (0, 100) else 1) for degree, row in f1.iterrows())
-    frames = (frame.reset_index(drop=True) for frame in (text, collapsed, std, cell.astype("Int64")))
-    return PaperTable(*frames, int(missing))
+    cells = pd.concat([cells[~across], *(cells[across].assign(side=side) for side in columns.levels[1])])
+    table = cells.pivot(index=["model", "variant", "percent", "layers"], columns=["dataset", "side"], values="value")
+    table = table.reindex(columns=columns).fillna("")
+    table.columns = [f"{dataset_title(name)} {side}" for name, side in columns]
+    table.insert(0, "model", [f"{model_title(model)} {variant}".strip() for model, variant, *_ in table.index])
+    table.insert(1, "corruption", [f"{part:g}% (1-{depth})" if depth else "0%" for *_, part, depth in table.index])
+    return table.reset_index(drop=True)
 
 
-def format_cells(table: PaperTable, bold: str, red: str) -> pd.DataFrame:
-    """The table's texts, the higher of bottom and top in bold, collapsed ones in red; with the deviation over seeds."""
-    texts, number = table.text.copy(), table.text[list(table.collapsed)].apply(pd.to_numeric)
-    for bottom, top in zip(list(number)[::2], list(number)[1::2], strict=True):
-        for column, other in ((bottom, top), (top, bottom)):
-            texts.loc[table.collapsed[column], column] = texts[column].map(red.format)
-            texts.loc[number[column] > number[other], column] = texts[column].map(bold.format)
-    texts[list(table.std)] += table.std
-    return texts
+def count_missing(table: pd.DataFrame) -> int:
+    """The cells in a table's rows and columns that were not run; 0 % and 100 % are one for bottom and top."""
+    return int((table.eq("").sum(axis=1) / (1 + table["corruption"].str.match(ACROSS))).sum())
 
 
-def markdown(table: PaperTable) -> str:
-    """The table in Markdown, which has no red: a dagger takes its place."""
-    text = format_cells(table, "**{}**", "{}†").to_markdown(index=False, disable_numparse=True)
+def markdown(cells: pd.DataFrame) -> str:
+    """One table in Markdown, which has no red: a dagger takes its place."""
+    table = paper_table(cells, format_cells(cells, "**{}**", "{}†"))
     legend = "\n\n† collapsed: at least 99 % of the predictions are one class, in one run of the cell or more"
-    return f"{text}{legend if table.collapsed.any(axis=None) else ''}\n"
+    text = table.to_markdown(index=False, disable_numparse=True)
+    return f"{text}{legend if cells['collapsed'].any() else ''}\n"
 
 
-def latex(table: PaperTable) -> str:
+def latex(cells: pd.DataFrame) -> str:
     """A tabular for \\input; the number of 0 % and 100 % stands across bottom and top, as in the paper."""
-    texts = format_cells(table, r"\textbf{{{}}}", r"\textcolor{{red}}{{{}}}")
-    across = texts["corruption"].str.match(r"(0|100)%")
-    for bottom, top in zip(list(table.collapsed)[::2], list(table.collapsed)[1::2], strict=True):
-        texts.loc[across, bottom] = texts[bottom].map(r"\multicolumn{{2}}{{c}}{{{}}}".format)
-        texts.loc[across, top] = "@"
-    texts = texts.set_index(["model", "corruption"]).rename_axis([None, None])
-    texts.columns = pd.MultiIndex.from_tuples([(name.rpartition(" ")[0], name.split()[-1].title()) for name in texts])
-    style = texts.style.format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
-    form = {"column_format": "ll" + "c" * texts.shape[1], "multicol_align": "c", "multirow_align": "naive"}
+    table = paper_table(cells, format_cells(cells, r"\textbf{{{}}}", r"\textcolor{{red}}{{{}}}"))
+    across, bottoms, tops = table["corruption"].str.match(ACROSS), table.columns[2::2], table.columns[3::2]
+    table.loc[across, bottoms] = table[bottoms].map(r"\multicolumn{{2}}{{c}}{{{}}}".format)
+    table.loc[across, tops] = "@"
+    table = table.set_index(["model", "corruption"]).rename_axis([None, None])
+    table.columns = pd.MultiIndex.from_tuples([(name.rpartition(" ")[0], name.split()[-1].title()) for name in table])
+    style = table.style.format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
+    form = {"column_format": "ll" + "c" * table.shape[1], "multicol_align": "c", "multirow_align": "naive"}
     text = style.to_latex(**form, hrules=True, clines="skip-last;data")
-    rule = f"\\cline{{1-{2 + texts.shape[1]}}}\n"
+    rule = f"\\cline{{1-{2 + table.shape[1]}}}\n"
     text = text.replace(rule + r"\bottomrule", r"\bottomrule").replace(rule, "\\midrule\n").replace(" & @", "")
     packages = "% needs \\usepackage{booktabs} and \\usepackage{xcolor}; red: a run with 99 % of one class\n"
     return packages + text.replace(" &  & Bottom", "Model & Corruption & Bottom", 1)
@@ -234,22 +231,21 @@ def claims_table(ours: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
 
 def bottom_top(cells: pd.DataFrame, runs: pd.DataFrame, predictions: dict[str, pd.DataFrame]) -> tuple:
     """A row for each degree that has both sides, their best runs paired by seed; a line for each that is refused."""
-    seed_of, rows, problems = runs.set_index("run")["seed"].to_dict(), [], []
-    by = [name for name in CELL if name != "side"]
-    for key, group in cells.groupby(by):
-        runs_of = zip(group["side"], group["runs"].str.split(), strict=True)
-        run_of = {side: {seed_of[run]: run for run in of_side} for side, of_side in runs_of}
-        if not {"bottom", "top"} <= run_of.keys():
+    by, rows, problems = [name for name in CELL if name != "side"], [], []
+    best = cells.assign(run=cells["runs"].str.split()).explode("run").merge(runs[["run", "seed"]], on="run")
+    for key, group in best[best["side"].isin(["bottom", "top"])].groupby(by):
+        seeds = group.pivot(index="seed", columns="side", values="run")
+        if seeds.shape[1] == 1:
             continue
-        what = f"bottom against top, {stats.in_words(key)}"
-        seeds = sorted(run_of["bottom"].keys() & run_of["top"].keys())
-        if run_of["bottom"].keys() != run_of["top"].keys():
-            warn(f"{what}: the sides have different seeds: {f'only {seeds} are' if seeds else 'none is'} compared")
-        bottom, top = ([predictions[run_of[side][seed]] for seed in seeds] for side in ("bottom", "top"))
+        what, both = f"bottom against top, {stats.in_words(key)}", seeds.dropna()
+        if len(both) < len(seeds):
+            words = f"only {both.index.tolist()} are" if len(both) else "none is"
+            warn(f"{what}: the sides have different seeds: {words} compared")
+        bottom, top = ([predictions[run] for run in both[side]] for side in ("bottom", "top"))
         if any(not frame[["row", "label"]].equals(bottom[0][["row", "label"]]) for frame in bottom + top):
             problems.append(f"{what} is left out: the test rows or labels of the runs differ")
-        elif seeds:
-            rows.append(dict(zip(by, key, strict=True)) | {"seeds": len(seeds), **stats.compare_paired(bottom, top)})
+        elif len(both):
+            rows.append(dict(zip(by, key, strict=True)) | {"seeds": len(both), **stats.compare_paired(bottom, top)})
     return pd.DataFrame(rows, columns=[*by, "seeds", *stats.COMPARED]), problems
 
 
@@ -262,13 +258,14 @@ def main() -> None:
         cells, paper = make_cells(runs), published_cells()
         pairs, unpaired = bottom_top(cells, runs, predictions)
         in_tables = cells.dropna(subset="table")
-        tables = {n: paper_table(in_tables[in_tables["table"] == n]) for n in TABLES if n in set(in_tables["table"])}
+        tables = {n: of_table for (n,), of_table in groups(in_tables, "table")}
+        texts = {f"table{n}": paper_table(of_table, format_cells(of_table, std="")) for n, of_table in tables.items()}
         claims = claims_table(in_tables, paper)
         frames = {"results": runs, "cells": cells, "comparison": compare(in_tables, paper), "claims": claims}
-        frames |= {"bottom_top": pairs, **{f"table{n}": table.text for n, table in tables.items()}}
+        frames |= {"bottom_top": pairs, **texts}
         files = {f"{name}.csv": frame.to_csv(index=False) for name, frame in frames.items()}
-        for n, table in tables.items():
-            files |= {f"table{n}.md": markdown(table), f"table{n}.tex": latex(table)}
+        for n, of_table in tables.items():
+            files |= {f"table{n}.md": markdown(of_table), f"table{n}.tex": latex(of_table)}
         with ExitStack() as stack:  # all files or none
             for name, text in files.items():
                 stack.enter_context(atomic_write(output_dir / name)).write_text(text)
@@ -283,7 +280,7 @@ def main() -> None:
     for name in ("paper", "ours", "ours_in_paper"):
         short[name] = claims[f"{name}_holds"].astype(str) + "/" + claims[f"{name}_compared"].astype(str)
     print(f"Claims: how many comparisons hold, of those that can be made\n\n{short.to_markdown(index=False)}\n")
-    missing = sum(table.missing for table in tables.values())
+    missing = sum(map(count_missing, texts.values()))
     print("\n".join([f"{len(in_tables)} cells from {len(runs)} runs, {missing} cells missing", *failures]))
     if len(cells) > len(in_tables):
         warn(f"{len(cells) - len(in_tables)} cells are of a pooling and tuning that no table has: see cells.csv")

@@ -108,7 +108,7 @@ def timed_rate(run: RunConfig, row_tokens: float) -> float:
     model.train().to(device)
     rows = math.ceil(run.per_device_train_batch_size * min(1, 1e8 / encoder_weights(run.model)))
     longest = min(run.max_length, 1.5 * row_tokens, getattr(shape, "max_position_embeddings", 514) - 2)
-    lengths = torch.linspace(longest / 3, longest, rows).round().long().clamp(min=2)
+    lengths = torch.linspace(min(row_tokens, longest) / 2, longest, rows).round().long().clamp(min=2)
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device)
     ids, times = torch.randint_like(mask, shape.vocab_size), []
     for _ in range(4):

@@ -52,11 +52,9 @@ def validate(frame: pd.DataFrame, spec: DatasetSpec) -> pd.DataFrame:
 
 
 def merge_splits(parts: Frames, published: dict[str, int], spec: DatasetSpec, as_published: bool) -> pd.DataFrame:
-    """The validated rows of several splits as one frame, in an order that does not depend on the source's.
-
-    `key` is what a tokenizer sees of a row. Raises InputError if a split has not its published number of rows, unless
-    the user gave other sizes (`as_published` false).
-    """
+    """The validated rows of several splits as one frame, in an order that does not depend on the source's; `key` is
+    what a tokenizer sees of a row. Raises InputError if a split has not its published number of rows, unless the user
+    gave other sizes (`as_published` false)."""
     frames = []
     for split, rows in published.items():
         with explain(split, InputError):
@@ -78,12 +76,9 @@ def normalised(text: str) -> str:
 
 
 def without_duplicates(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
-    """One row for each text, and what was dropped.
-
-    Texts that differ only in white space count as the same: no tokenizer here tells them apart. A text with several
-    labels keeps its most frequent one, the smallest at a tie.
-    """
-    votes = frame.value_counts(["key", "label"]).rename("votes").reset_index()
+    """One row for each text, and what was dropped. Texts that differ only in white space count as the same: no
+    tokenizer here tells them apart. A text with several labels keeps its most frequent one, the smallest at a tie."""
+    votes = frame.value_counts(["key", "label"]).reset_index(name="votes")
     label = votes.sort_values(["votes", "label"], ascending=[False, True]).drop_duplicates("key").set_index("key")
     kept = frame.drop_duplicates("key", ignore_index=True)
     kept["label"] = kept["key"].map(label["label"])
@@ -93,34 +88,27 @@ def without_duplicates(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
 def split_by_sentence(texts: list[str], labels: np.ndarray, test_size: int, seed: int) -> np.ndarray:
     """Which phrases are test phrases when whole sentences are held out (SST-2's phrases are parts of sentences).
 
-    A sentence is a phrase that stands, token by token, inside no other. Sentences are held out one by one, in a
-    seeded order that keeps the classes' shares, until `test_size` phrases stand in held-out sentences alone.
-    Returns a boolean array of shape (phrases,): at least `test_size` are true, and none of them stands inside a
-    phrase that is false.
+    No two texts are the same phrase; a sentence is one that stands, token by token, inside no other. Sentences are held
+    out one by one, in a seeded order that keeps the classes' shares, until `test_size` phrases stand in held-out
+    sentences alone. Returns a boolean array of shape (phrases,): none that is true stands inside one that is false.
     """
     row_of = {tuple(text.split()): row for row, text in enumerate(texts)}
-    inside = [
-        {row_of[words[a:b]] for a, b in combinations(range(len(words) + 1), 2) if words[a:b] in row_of}
-        for words in row_of
-    ]
+    spans = ((words[a:b] for a, b in combinations(range(len(words) + 1), 2)) for words in row_of)
+    inside = [{row_of[span] for span in group if span in row_of} for group in spans]
     parts = set().union(*(phrases - {row} for row, phrases in enumerate(inside)))
     sentences = np.random.default_rng(seed).permutation([row for row in range(len(texts)) if row not in parts])
     # stratified: the k-th of n sentences of a class stands at k/n of the way
-    by_class = pd.Series(labels[sentences])
-    progress = (by_class.groupby(by_class).cumcount() + 0.5) / by_class.map(by_class.value_counts())
-
-    order = sentences[progress.argsort(kind="stable")]
-    last = np.zeros(len(texts), dtype=int)  # for each phrase, the place in the order of the last sentence that has it
-    for place, sentence in enumerate(order):
+    by_class = pd.Series(labels[sentences]).groupby(labels[sentences])
+    progress = (by_class.cumcount() + 0.5) / by_class.transform("size")
+    last = np.zeros(len(texts), dtype=int)  # for each phrase, the place of the last sentence that it stands in
+    for place, sentence in enumerate(sentences[progress.argsort(kind="stable")]):
         last[list(inside[sentence])] = place
     return last <= np.sort(last)[min(test_size, len(texts)) - 1]
 
 
 def stratified(frame: pd.DataFrame, size: int | None, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`size` rows (None: all) with the classes' shares of the frame, and the rows left over, both shuffled.
-
-    Each class gets its share rounded down; the rows then still wanted go to the largest remainders.
-    """
+    """`size` rows (None: all) with the classes' shares of the frame, and the rows left over, both shuffled. Each class
+    gets its share rounded down; the rows then still wanted go to the largest remainders."""
     frame = frame.sample(frac=1, random_state=seed)
     size = len(frame) if size is None else size
     if size > len(frame):
@@ -171,7 +159,7 @@ def split(parts: Frames, spec: DatasetSpec, given: dict[str, int | None], seed: 
     return rows, dict(dropped)
 
 
-# ---- Which data set is meant ----
+# ---- Prepare, whole or not at all ----
 
 
 def own_names(data_dir: str | Path) -> list[str]:
@@ -181,10 +169,8 @@ def own_names(data_dir: str | Path) -> list[str]:
 
 
 def resolve_dataset(dataset: str, data_dir: str | Path = "data") -> tuple[str, Path | None]:
-    """The name of a data set and, if `dataset` is a folder of the user's own, that folder.
-
-    Raises InputError if it is neither a known name, nor a folder that can be one, nor an own set that is prepared.
-    """
+    """The name of a data set and, if `dataset` is a folder of the user's own, that folder. Raises InputError if it is
+    neither a known name, nor a folder that can be one, nor an own set that is prepared."""
     if dataset in DATASETS:
         return dataset, None
     if not Path(dataset).is_dir():
@@ -213,9 +199,6 @@ def check_names(names: Iterable[str], data_dir: str | Path) -> None:
             raise InputError(f"{folders[name]} and {folder} would both be prepared as {name}: rename one of them")
 
 
-# ---- Prepare, whole or not at all ----
-
-
 def prepare(
     dataset: str,
     source: str = "hub",
@@ -232,8 +215,15 @@ def prepare(
     Raises InputError, having written nothing. Writes nothing either if `write` is false.
     """
     name, folder = resolve_dataset(dataset, data_dir)
+    for flag, size in (("--train_size", train_size), ("--test_size", test_size)):
+        if size is not None and size < 1:
+            raise InputError(f"{flag} {size} is not a number of rows: give at least one for each class")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed {seed} is not from 0 to {2**32 - 1}")
+    target = Path(data_dir) / name
+    if target.exists() and not (target / "manifest.json").is_file():
+        raise InputError(f"{target} was not made by data_prep.py: give another --data_dir or move it away")
     request = {"split_version": SPLIT_VERSION, "train_size": train_size, "test_size": test_size, "seed": seed}
-    check_request(request, Path(data_dir) / name)
     stored = find_manifest(name, data_dir)
     same = stored and stored["request"] == request
     hub = DATASETS[name].hub if name in DATASETS else None  # None: a user's own set
@@ -253,39 +243,20 @@ def prepare(
     record = {"dataset": name, "fingerprint": fingerprint(data), "request": request, "source": origin}
     record |= {"dropped": dropped, "rows": data.num_rows, "rows_per_class": rows_per_class}
     if write:
-        save(data, record, Path(data_dir))
+        aside = target.with_name(f".{name}.partial")  # renamed at the end: the folder with the set's name is whole
+        datasets.disable_progress_bars()
+        with explain(f"{name}: {data_dir} cannot be written", OSError), locked(name, data_dir):
+            shutil.rmtree(aside, ignore_errors=True)
+            data.save_to_disk(aside)
+            (aside / "manifest.json").write_text(json.dumps(record, indent=2) + "\n")
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
     return record
 
 
-def check_request(request: dict, target: Path) -> None:
-    """Raises InputError if no set can be prepared with such sizes and seed, or if `target` is another's folder."""
-    for key in ("train_size", "test_size"):
-        if request[key] is not None and request[key] < 1:
-            raise InputError(f"--{key} {request[key]} is not a number of rows: give at least one for each class")
-    if not 0 <= request["seed"] < 2**32:
-        raise InputError(f"--seed {request['seed']} is not from 0 to {2**32 - 1}")
-    if target.exists() and not (target / "manifest.json").is_file():
-        raise InputError(f"{target} was not made by data_prep.py: give another --data_dir or move it away")
-
-
-def save(data: datasets.DatasetDict, record: dict, data_dir: Path) -> None:
-    """Write the set and its manifest aside, then rename: the folder with the set's name is always whole."""
-    name = record["dataset"]
-    aside = data_dir / f".{name}.partial"
-    datasets.disable_progress_bars()
-    with explain(f"{name}: {data_dir} cannot be written", OSError), locked(name, data_dir):
-        shutil.rmtree(aside, ignore_errors=True)
-        data.save_to_disk(aside)
-        (aside / "manifest.json").write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(data_dir / name, ignore_errors=True)
-        aside.rename(data_dir / name)
-
-
 def ensure_prepared(dataset: str, data_dir: str | Path = "data", write: bool = True) -> dict:
-    """The manifest of a data set; prepares the set first, and says so, if it is not `up_to_date`.
-
-    An own set whose files have changed keeps the sizes and the seed that it was prepared with.
-    """
+    """The manifest of a data set; prepares the set first, and says so, if it is not `up_to_date`. An own set whose
+    files have changed keeps the sizes and the seed that it was prepared with."""
     if record := up_to_date(dataset, data_dir):
         return record
     name, folder = resolve_dataset(dataset, data_dir)
@@ -377,9 +348,6 @@ def fingerprint(data: datasets.DatasetDict) -> str:
         for batch in rows.iter(batch_size=1_000):
             digest.update(json.dumps(batch).encode())
     return digest.hexdigest()
-
-
-# ---- Table 2 ----
 
 
 def table2(data_dir: str | Path = "data") -> pd.DataFrame:

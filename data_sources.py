@@ -1,8 +1,7 @@
 """Where the rows of each data set come from: the ten known ones, and a user's own folder.
 
 To add a data set of the Hugging Face hub, add its entry to DATASETS; its title in the tables stands in paper.DATASETS.
-data_prep.py checks and splits what `read_source` gives. Every reader gives a frame for each split of the source, and
-the origin of the rows for the manifest.
+`read_source` gives a frame for each split of the source, which data_prep.py checks and splits, and the rows' origin.
 """
 
 import csv
@@ -22,8 +21,6 @@ import pyarrow as pa
 
 from common import InputError, one_line, sha256_of
 
-Frames = dict[str, pd.DataFrame]  # by the source's split
-
 
 @dataclass(frozen=True)
 class DatasetSpec:
@@ -39,15 +36,19 @@ class DatasetSpec:
     by_sentence: bool = False  # hold out whole sentences, not phrases
 
 
+Frames = dict[str, pd.DataFrame]  # by the source's split
 PAIR = (("sentence1", "sentence1"), ("sentence2", "sentence2"))
 AG_NEWS = ("World", "Sports", "Business", "Sci/Tech")
 EMOTION = ("sadness", "joy", "love", "anger", "fear", "surprise")
 BBC_NEWS = ("business", "entertainment", "politics", "sports", "tech")
-DBPEDIA = "Company,EducationalInstitution,Artist,Athlete,OfficeHolder,MeanOfTransportation,Building"
-DBPEDIA += ",NaturalPlace,Village,Animal,Plant,Album,Film,WrittenWork"
-TFNT = "Analyst Update,Fed|Central Banks,Company|Product News,Treasuries|Corporate Debt,Dividend,Earnings,Energy|Oil"
-TFNT += ",Financials,Currencies,General News|Opinion,Gold|Metals|Materials,IPO,Legal|Regulation,M&A|Investments,Macro"
-TFNT += ",Markets,Politics,Personnel Change,Stock Commentary,Stock Movement"
+DBPEDIA = ("Company", "EducationalInstitution", "Artist", "Athlete", "OfficeHolder", "MeanOfTransportation", "Building")
+DBPEDIA += ("NaturalPlace", "Village", "Animal", "Plant", "Album", "Film", "WrittenWork")
+MRPC = ("not_equivalent", "equivalent")
+RTE = ("entailment", "not_entailment")
+TFNT = ("Analyst Update", "Fed|Central Banks", "Company|Product News", "Treasuries|Corporate Debt", "Dividend")
+TFNT += ("Earnings", "Energy|Oil", "Financials", "Currencies", "General News|Opinion", "Gold|Metals|Materials", "IPO")
+TFNT += ("Legal|Regulation", "M&A|Investments", "Macro", "Markets", "Politics", "Personnel Change", "Stock Commentary")
+TFNT += ("Stock Movement",)
 DATASETS = {
     "sst2": DatasetSpec(
         "stanfordnlp/sst2",
@@ -58,38 +59,21 @@ DATASETS = {
         by_sentence=True,
     ),
     "imdb": DatasetSpec("stanfordnlp/imdb", ("neg", "pos"), {"train": 25_000}, {"test": 25_000}, test_size=5_000),
-    "ag_news": DatasetSpec(
-        "fancyzhx/ag_news", AG_NEWS, {"train": 120_000}, {"test": 7_600}, train_size=48_000, test_size=6_000
-    ),
+    "ag_news": DatasetSpec("fancyzhx/ag_news", AG_NEWS, {"train": 120_000}, {"test": 7_600}, 48_000, 6_000),
     "emotion": DatasetSpec(
         "dair-ai/emotion/split", EMOTION, {"train": 16_000}, {"validation": 2_000, "test": 2_000}, train_size=14_000
     ),
     "dbpedia": DatasetSpec(
-        "fancyzhx/dbpedia_14",
-        tuple(DBPEDIA.split(",")),
-        {"train": 560_000},
-        {"test": 70_000},
-        train_size=50_000,
-        test_size=12_000,
-        columns=(("content", "text"),),
+        "fancyzhx/dbpedia_14", DBPEDIA, {"train": 560_000}, {"test": 70_000}, 50_000, 12_000, (("content", "text"),)
     ),
-    "tfnt": DatasetSpec(
-        "zeroshot/twitter-financial-news-topic", tuple(TFNT.split(",")), {"train": 16_990}, {"validation": 4_117}
-    ),
-    "mrpc": DatasetSpec(
-        "nyu-mll/glue/mrpc", ("not_equivalent", "equivalent"), {"train": 3_668}, {"test": 1_725}, columns=PAIR
-    ),
-    "rte": DatasetSpec(
-        "nyu-mll/glue/rte", ("entailment", "not_entailment"), {"train": 2_490}, {"validation": 277}, columns=PAIR
-    ),
+    "tfnt": DatasetSpec("zeroshot/twitter-financial-news-topic", TFNT, {"train": 16_990}, {"validation": 4_117}),
+    "mrpc": DatasetSpec("nyu-mll/glue/mrpc", MRPC, {"train": 3_668}, {"test": 1_725}, columns=PAIR),
+    "rte": DatasetSpec("nyu-mll/glue/rte", RTE, {"train": 2_490}, {"validation": 277}, columns=PAIR),
     "rotten_tomatoes": DatasetSpec("", ("negative", "positive"), {"all": 8_530}, train_size=1_200, test_size=500),
     "bbc_news": DatasetSpec("", BBC_NEWS, {"all": 2_225}, train_size=160, test_size=150),
 }
 DEMO = ("rotten_tomatoes", "bbc_news")
 HELP = f"of {', '.join(DATASETS)}, or a folder of your own with a train and a test file (docs/data.md)"
-
-
-# ---- For all readers ----
 
 
 @contextmanager
@@ -106,7 +90,7 @@ def is_text(cell: object) -> bool:
 
 
 def refuse(faults: dict[str, pd.Series]) -> None:
-    """Raises InputError for the first fault that any row has, as the booleans beside it say, or if there are no rows."""
+    """Raises InputError if there are no rows, or for the first fault that any has, as the booleans beside it say."""
     for fault, rows in faults.items():
         if rows.empty:
             raise InputError("the source has no rows: mend the source")
@@ -231,10 +215,8 @@ def read_part(path: Path) -> pd.DataFrame:
 
 
 def read_own(folder: Path) -> tuple[DatasetSpec, Frames, dict]:
-    """A user's own set: its specification, its rows with integer labels, and their origin.
-
-    Its classes are the distinct labels of train, in the order of their numbers if all are integers.
-    """
+    """A user's own set: its specification, its rows with integer labels, and their origin. Its classes are the distinct
+    labels of train, in the order of their numbers if all are integers."""
     origin, frames = own_source(folder), {}  # digests first: what changes now is read again next time
     for name in origin["files"]:
         with explain(name, InputError):
@@ -248,10 +230,9 @@ def read_own(folder: Path) -> tuple[DatasetSpec, Frames, dict]:
     unknown = ~labels.isin(classes)
     refuse({f"a label in test that train lacks, {labels[unknown].min()!r}": unknown})
     sizes = [{part: len(frame)} for part, frame in frames.items()]
-    columns = DatasetSpec.columns if "text" in frames["train"] else PAIR
     for frame in frames.values():
         frame["label"] = pd.Categorical(frame["label"], classes).codes
-    spec = DatasetSpec("", tuple(classes), *sizes, columns=columns)
+    spec = DatasetSpec("", tuple(classes), *sizes, columns=DatasetSpec.columns if "text" in frames["train"] else PAIR)
     return spec, frames, origin
 
 

@@ -37,6 +37,8 @@ def cached_map(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(folder.with_name(f".{folder.name}.lock")):
+            for left in folder.glob("tmp*"):
+                left.unlink()  # half a file, of a process that was killed
             for part, rows in parts.items():
                 path, digest = folder / f"{part}.arrow", folder / f"{part}.sha256"
                 if path.exists() and not (digest.exists() and digest.read_text() == sha256_of(path)):

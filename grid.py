@@ -113,12 +113,13 @@ def expand(preset: tuple[paper.Sweep, ...], axes: dict[str, tuple], shared: dict
                 cell = {"model": model, "dataset": dataset, "learning_rate": rate, "seed": seed}
                 run = RunConfig(**fixed | cell | corruption | (shared or {}))
                 runs.setdefault(str(replace(run, save_vectors=False)), run)
-    for model, frac in product(dict.fromkeys(run.model for run in runs.values()), axes.get("frac", ())):
+    if not runs:
+        raise InputError("no cell is left: a --frac must be a whole number of layers, a --corrupt belong to it")
+    models = dict.fromkeys(model for sweep in preset for model in axes.get("model", sweep.model))
+    for model, frac in product(models, axes.get("frac", ())):
         layers = cost.shape_of(model).num_hidden_layers
         if (frac * layers).denominator > 1:
             print(f"{model}: --frac {frac} is left out: not a whole number of its {layers} layers", file=sys.stderr)
-    if not runs:
-        raise InputError("no cell is left: a --frac must be a whole number of layers, a --corrupt belong to it")
     return list(runs.values())
 
 

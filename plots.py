@@ -7,7 +7,8 @@ Figure 1 is t-SNE of the test split's [CLS] vectors after fine-tuning, at four d
 `python train.py --save_vectors` (`python grid.py --preset figure1` does the paper's four) that `python aggregate.py`
 has put into results.csv. The panels are 0 %, top, bottom and 100 %, the paper's order: four runs that differ in the
 corruption and the learning rate alone (the best by F1), at the lowest seed that all four have. Beside
-outputs/figure1_<model>_<dataset>.png and .pdf stand the dots, in .csv, and what the panels say, in _numbers.csv:
+outputs/figure1_<model>_<dataset>.png (with --frac, figure1_<model>_<dataset>_<percent>.png) and .pdf stand the dots, in
+.csv, and what the panels say, in _numbers.csv:
 
     f1            weighted F1 of the run, in percent
     silhouette    of the true classes, in the original space: 1 far apart, 0 mixed, below 0 closer to another class
@@ -19,7 +20,6 @@ where there are fewer than 91), random state 0 and one thread, so that a machine
 t-SNE neither the size of a cluster nor the distance between two means anything: compare panels by the numbers.
 """
 
-import argparse
 import json
 from contextlib import ExitStack
 from io import StringIO
@@ -38,41 +38,26 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
-from aggregate import in_order, read_csv
+from aggregate import groups, read_csv
 from common import InputError, atomic_write, fail, fraction, make_parser, one_line
-from paper import DATASETS, MODELS, TABLES, dataset_title, model_name, model_title
+from paper import dataset_title, model_name, model_title
 
 COLUMN = 3.3  # inches
-# Okabe and Ito's vermillion and blue, which colour-blind eyes tell apart; in the page each is a variable of its own, so
-# that the same drawing is right on light and on dark.
-INK, GREY, BOTTOM, TOP = "#222222", "#767676", "#d55e00", "#0072b2"
+# Okabe and Ito's palette, which colour-blind eyes tell apart; more classes than colours take the next marker.
+BOTTOM, TOP = "#d55e00", "#0072b2"
+COLOURS, MARKERS = (TOP, "#e69f00", "#009e73", "#cc79a7", "#56b4e9", BOTTOM, "#000000"), ("o", "^", "x")
+INK, GREY = "#222222", "#767676"
+# In the page each colour is a variable of its own, so that the same drawing is right on light and on dark.
 THEME = {INK: "var(--ink)", GREY: "var(--grey)", BOTTOM: "var(--bottom)", TOP: "var(--top)"}
-LINES = {"none": (INK, "-", "o"), "bottom": (BOTTOM, "-", "v"), "top": (TOP, "--", "^"), "all": (GREY, ":", "s")}
+# The place in the legend, the colour, the marker and the dashes of each side.
+LINES = {"bottom": (0, BOTTOM, "v-"), "top": (1, TOP, "^--"), "none": (2, INK, "o-"), "all": (3, GREY, "s:")}
 FONTS = {"pdf.fonttype": 42, "text.parse_math": False}  # TrueType, embedded; a "$" in a name is a "$"
-STYLE = {
-    "font.size": 7,
-    "axes.titlesize": 8,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "text.color": INK,
-    "lines.linewidth": 1.1,
-    "lines.markersize": 3,
-    "legend.frameon": False,
-    "legend.fontsize": 6.5,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "bert",
-    **FONTS,
-}
+STYLE = FONTS | {"font.size": 7, "text.color": INK, "axes.titlesize": 8, "axes.labelcolor": INK, "axes.edgecolor": GREY}
+STYLE |= {"axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"xtick.color": GREY, "ytick.color": GREY, "lines.linewidth": 1.1, "lines.markersize": 3}
+STYLE |= {"legend.frameon": False, "legend.fontsize": 6.5, "svg.fonttype": "none", "svg.hashsalt": "bert"}
 NEIGHBOURS = 15
-# Okabe and Ito's palette; more classes than colours take the next marker.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-MARKERS = ("o", "^", "x")
+ENDS = ("_numbers.csv", ".csv", ".png", ".pdf")  # of the names of a figure's files
 MORE_VECTORS = "run python grid.py --preset figure1, or python train.py --save_vectors, and then python aggregate.py"
 
 
@@ -93,76 +78,68 @@ def describe_cell(cell: dict | pd.Series) -> str:
 # ---- F1 by epoch, and against the corrupted fraction ----
 
 
-def average_seeds(cell: pd.Series, epochs: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """F1 in percent by epoch: mean and standard deviation over the cell's seeds, at its best learning rate."""
-    frames = [epochs[run].set_index("epoch")["weighted_f1"] * 100 for run in cell["runs"].split()]
-    seeds = pd.concat(frames, axis=1)
-    return pd.DataFrame({"mean": seeds.mean(axis=1), "std": seeds.std(axis=1)})
-
-
 def make_panels(cells: pd.DataFrame, legend: int) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """A figure as wide as a column, with one panel for each model (and variant) below the other."""
-    groups = [cells[cells["model"] == model] for model in in_order(cells["model"], MODELS)]
-    groups = [group for of_model in groups for _, group in of_model.groupby("variant")]
-    height = 1.75 * len(groups) + 0.12 * legend + 0.2
-    figure = Figure(figsize=(COLUMN, height), layout="constrained")
-    axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
-    for panel, group in zip(axes, groups, strict=True):
+    of_models = [group for _, group in groups(cells, "model", "variant")]
+    figure = Figure(figsize=(COLUMN, 1.75 * len(of_models) + 0.12 * legend + 0.2), layout="constrained")
+    panels = figure.subplots(len(of_models), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, group in zip(panels, of_models, strict=True):
         first = group.iloc[0]
         panel.set_title(f"{describe_model(first)}, {dataset_title(first['dataset'])}", loc="left")
         panel.set_ylabel("weighted F1 (%)")
         panel.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.5)
-    return figure, list(zip(axes, groups, strict=True))
+    return figure, list(zip(panels, of_models, strict=True))
 
 
 def draw_epochs(cells: pd.DataFrame, epochs: dict[str, pd.DataFrame]) -> Figure:
-    """Weighted F1 by epoch, a line for each corruption, a panel for each model; the band is one standard deviation."""
-    order = cells.sort_values("percent").dropna(subset="f1")
-    figure, axes = make_panels(order, legend=3)
+    """Weighted F1 by epoch, a line for each corruption, a panel for each model; the band is one standard deviation.
+
+    Mean and deviation are over the cell's seeds, at its best learning rate.
+    """
+    figure, panels = make_panels(cells.sort_values("percent").dropna(subset="f1"), legend=3)
     lines = {}
-    for panel, group in axes:
+    for panel, group in panels:
         for _, cell in group.iterrows():
-            colour, dash, marker = LINES[cell["side"]]
-            f1, name = average_seeds(cell, epochs), describe_corruption(cell["side"], cell["percent"])
-            looks = {"color": colour, "alpha": 0.35 + 0.65 * cell["percent"] / 100 if cell["side"] != "none" else 1}
-            lines[name] = panel.plot(f1["mean"], linestyle=dash, marker=marker, markersize=2.2, **looks)[0]
-            if f1["std"].notna().any():
-                low, high = f1["mean"] - f1["std"], f1["mean"] + f1["std"]
-                panel.fill_between(f1.index, low, high, color=colour, alpha=0.15, linewidth=0)
+            side, percent = cell["side"], cell["percent"]
+            f1 = [epochs[run].set_index("epoch")["weighted_f1"] * 100 for run in cell["runs"].split()]
+            seeds = pd.concat(f1, axis=1)
+            mean, std = seeds.mean(axis=1), seeds.std(axis=1)
+            place, colour, form = LINES[side]
+            looks = {"markersize": 2.2, "alpha": 0.35 + 0.65 * percent / 100 if side != "none" else 1}
+            (line,) = panel.plot(mean, form, color=colour, label=describe_corruption(side, percent), **looks)
+            lines[place, percent] = line
+            if std.notna().any():
+                panel.fill_between(mean.index, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
         panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("epoch")
-    names = sorted(lines, key=lambda name: ["bottom", "top", "uncorrupted", "100"].index(name.split()[0]))
-    figure.legend([lines[name] for name in names], names, loc="outside lower center", ncols=3)
+    figure.legend(handles=[lines[key] for key in sorted(lines)], loc="outside lower center", ncols=3)
     return figure
 
 
 def draw_fraction(cells: pd.DataFrame, name: str) -> Figure:
     """Weighted F1 against the corrupted part of the layers, one panel for each model; the reference's in thin lines."""
-    figure, axes = make_panels(cells, legend=2)
+    figure, panels = make_panels(cells, legend=2)
     artists = {}
-    for panel, group in axes:
+    for panel, group in panels:
+        for side, words, dash in (("none", "uncorrupted", (0, (4, 2))), ("all", "100 % corrupted", ":")):
+            place, colour, _ = LINES[side]
+            for f1 in group.loc[group["side"] == side, "f1"].dropna():
+                artists[place] = panel.axhline(f1, color=colour, linestyle=dash, linewidth=0.8, label=words)
         for whose, looks in (("", {}), ("_reference", {"linewidth": 0.7, "markerfacecolor": "none", "alpha": 0.75})):
             rows = group.dropna(subset=f"f1{whose}").sort_values("percent")
-            for side, words in (("none", "uncorrupted"), ("all", "100 % corrupted")):
-                if not whose and len(level := rows.loc[rows["side"] == side, "f1"]):
-                    colour, dash, _ = LINES[side]
-                    style = {"color": colour, "linestyle": (0, (4, 2)) if side == "none" else dash, "linewidth": 0.8}
-                    artists[words] = panel.axhline(level.item(), **style)
             for side in ("bottom", "top"):
                 path = rows[rows["side"].isin(["none", side, "all"])]
-                if not len(path):
+                if path.empty:
                     continue
-                colour, dash, marker = LINES[side]
-                style = {"color": colour, "linestyle": dash, "marker": marker, **looks}
+                place, colour, form = LINES[side]
                 error = None if whose or path["f1_std"].isna().all() else path["f1_std"].fillna(0)
-                bars = {"yerr": error, "elinewidth": 0.7, "capsize": 1.5}
-                artist = panel.errorbar(path["percent"], path[f"f1{whose}"], **bars, **style)
-                artists[f"{side}, {name}" if whose else side] = artist
+                bars = {"yerr": error, "elinewidth": 0.7, "capsize": 1.5, "label": f"{side}, {name}" if whose else side}
+                artist = panel.errorbar(path["percent"], path[f"f1{whose}"], fmt=form, color=colour, **bars, **looks)
+                artists[place + len(LINES) * bool(whose)] = artist
         panel.set_xticks(sorted({0, 100, *cells["percent"]}))  # the panels share their ticks
     panel.set_xlabel("corrupted encoder layers (%)")
-    order = ["bottom", "top", "uncorrupted", "100 % corrupted", f"bottom, {name}", f"top, {name}"]
-    handles = {words: artists[words] for words in order if words in artists}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2 if len(handles) <= 4 else 3)
+    handles = [artists[place] for place in sorted(artists)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 if len(handles) <= 4 else 3)
     return figure
 
 
@@ -186,14 +163,11 @@ def save(figure: Figure, path: Path) -> Markup:
 def draw_all(both: pd.DataFrame, epochs: dict[str, pd.DataFrame], name: str, folder: Path) -> list[dict]:
     """Two figures for each table and data set, as files in `folder` and for the page."""
     figures = []
-    for table in in_order(both["table"], TABLES):
-        of_table = both[both["table"] == table]
-        for dataset in in_order(of_table["dataset"], DATASETS):
-            cells = of_table[of_table["dataset"] == dataset]
-            for kind, figure in (("fraction", draw_fraction(cells, name)), ("epochs", draw_epochs(cells, epochs))):
-                stem = f"table{table}_{dataset}_{kind}"
-                of = {"table": table, "dataset": dataset_title(dataset), "kind": kind, "stem": stem}
-                figures.append(of | {"svg": save(figure, folder / stem)})
+    for (table, dataset), cells in groups(both, "table", "dataset"):
+        for kind, figure in (("fraction", draw_fraction(cells, name)), ("epochs", draw_epochs(cells, epochs))):
+            stem = f"table{table}_{dataset}_{kind}"
+            of = {"table": table, "dataset": dataset_title(dataset), "kind": kind, "stem": stem}
+            figures.append(of | {"svg": save(figure, folder / stem)})
     return figures
 
 
@@ -211,23 +185,20 @@ def choose_runs(output_dir: Path, choice: dict[str, object]) -> dict[tuple[str, 
     first, then the lowest seed; of several variants the one with the best F1 in panel (b). Raises InputError if there
     are none.
     """
-    if not (output_dir / "results.csv").is_file():
-        raise InputError(
-            f"{output_dir}/results.csv is not there: run python aggregate.py --output_dir {output_dir} first"
-        )
-    runs = read_csv(output_dir / "results.csv")
-    runs = runs[(runs["pooling"] == "cls") & (runs["tuning"] == "full")]
+    results = output_dir / "results.csv"
+    if not results.is_file():
+        raise InputError(f"{results} is not there: run python aggregate.py --output_dir {output_dir} first")
+    runs = read_csv(results).query("pooling == 'cls' and tuning == 'full'")
     runs = runs[[(output_dir / "runs" / run / "vectors.npy").is_file() for run in runs["run"]]]
     if runs.empty:
-        raise InputError(f"no run of {output_dir}/results.csv (pooling cls, full tuning) has vectors: {MORE_VECTORS}")
+        raise InputError(f"no run of {results} (pooling cls, full tuning) has vectors: {MORE_VECTORS}")
     cell = ["model", "dataset", "variant", "seed", "side", "percent"]
     ascending = {"percent": True, "seed": True, "f1": False, "learning_rate": True, "variant": True}
     runs = runs.sort_values([*ascending], ascending=[*ascending.values()]).drop_duplicates(cell)
     best = {row[:6]: row for row in runs[[*cell, "learning_rate", "run", "f1"]].itertuples(index=False)}
     tops = runs[runs["side"] == "top"]
-    tops = tops.assign(frac=tops["percent"].map("{:g}".format))
     for name, value in choice.items():
-        tops = tops[tops[name] == (f"{float(100 * value):g}" if name == "frac" else value)]
+        tops = tops[np.isclose(tops["percent"], float(100 * value)) if name == "frac" else tops[name] == value]
     fours: dict[tuple[str, str], list] = {}
     for top in tops.itertuples():
         panels = (("none", 0), ("top", top.percent), ("bottom", top.percent), ("all", 100))
@@ -297,13 +268,14 @@ def measure(four: list, vectors_of: list) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 @rc_context(FONTS)
-def draw_figure_1(numbers: pd.DataFrame, dots: pd.DataFrame, names: dict[int, str], across: int = 4) -> Figure:
+def draw_figure_1(numbers: pd.DataFrame, dots: pd.DataFrame, across: int = 4) -> Figure:
     """The panels and one legend: four across with a title, as wide as a page's text, or two across."""
+    names = dots.drop_duplicates("label").set_index("label")["label_name"].sort_index()
     columns = 3 if len(names) > 10 else 4  # of the legend, where it is below
     below = (3.8, 4.85 + 0.12 * -(-len(names) // columns))
     size = (7, max(2.15, 0.115 * len(names) + 0.1)) if across == 4 else below
     figure = Figure(figsize=size, dpi=300, layout="constrained")
-    looks = {label: (COLOURS[i % 7], MARKERS[i // 7 % 3]) for i, label in enumerate(names)}
+    looks = {label: (COLOURS[i % 7], MARKERS[i // 7 % 3]) for i, label in enumerate(names.index)}
     size = np.clip(7e3 / len(dots), 0.7, 4)  # a dot's area
     dots = dots.assign(marker=[looks[label][1] for label in dots["label"]])
     dots = dots.sample(frac=1, random_state=0)  # so that no class lies on top of the others
@@ -321,45 +293,47 @@ def draw_figure_1(numbers: pd.DataFrame, dots: pd.DataFrame, names: dict[int, st
     handles = [Line2D([], [], color=c, marker=m, linestyle="", markersize=3) for c, m in looks.values()]
     looks = {"frameon": False, "fontsize": 5 if len(names) > 10 else 6.5, "labelspacing": 0.4, "handletextpad": 0.2}
     place = {"loc": "outside right center"} if across == 4 else {"loc": "outside lower center", "ncols": columns}
-    figure.legend(handles, names.values(), **place, **looks)
+    figure.legend(handles, names, **place, **looks)
     title = f"{panel.model} on {panel.dataset}{panel.variant and ', '}{panel.variant}: t-SNE of the [CLS] vectors of "
     if across == 4:
         figure.suptitle(f"{title}{panel.rows:,} test rows after fine-tuning", fontsize=6.5, color="0.3")
     return figure
 
 
-def is_drawn(output_dir: Path, files: list[str], four: list) -> bool:
-    """Whether the files are there, of the same runs with the same F1, and newer than their vectors."""
-    if not all((output_dir / name).is_file() for name in files):
+def is_current(output_dir: Path, stem: str, f1_of: dict[str, float]) -> bool:
+    """Whether a figure's files are there, of runs that have these F1, and newer than the runs' vectors."""
+    files = [output_dir / f"{stem}{end}" for end in ENDS]
+    if not all(path.is_file() for path in files):
         return False
-    numbers, time = read_csv(output_dir / files[0]), (output_dir / files[0]).stat().st_mtime
-    return numbers["run"].tolist() == [run.run for run in four] and all(
-        abs(f1 - run.f1) < 1e-9 and (output_dir / "runs" / run.run / "vectors.npy").stat().st_mtime <= time
-        for f1, run in zip(numbers["f1"], four, strict=True)
-    )
+    numbers, time = read_csv(files[0]), files[0].stat().st_mtime
+    vectors = [output_dir / "runs" / run / "vectors.npy" for run in numbers["run"]]
+    same = np.isclose(numbers["f1"], numbers["run"].map(f1_of), rtol=0, atol=1e-9).all()
+    return same and all(path.stat().st_mtime <= time for path in vectors if path.is_file())
 
 
 @rc_context(FONTS)
 def write_figure_1(output_dir: Path, choice: dict[str, object], again: bool = True) -> dict[str, pd.DataFrame]:
     """Figure 1 of each model and data set that has its runs: writes its files, and gives the numbers of each.
 
-    Leaves out what is drawn already, unless `again`. Raises InputError before the first file is written.
+    The degree is part of the files' names if it was chosen. Leaves out what is drawn already, unless `again`. Raises
+    InputError before the first file is written.
     """
-    figures, numbers_of = [], {}
+    figures, numbers_of = {}, {}
     for pair, four in sorted(choose_runs(output_dir, choice).items()):
-        stem = f"figure1_{'_'.join(pair).replace('/', '--')}"
-        files = [f"{stem}{end}" for end in ("_numbers.csv", ".csv", ".png", ".pdf")]
-        if not again and is_drawn(output_dir, files, four):
+        degree = [f"{four[1].percent:g}"] if "frac" in choice else []
+        stem = "_".join(["figure1", *pair, *degree]).replace("/", "--")
+        if not again and is_current(output_dir, stem, {run.run: run.f1 for run in four}):
             continue
         vectors_of = [load_vectors(output_dir / "runs" / run.run) for run in four]
         if not all(np.array_equal(labels, vectors_of[0][1]) for _, labels, _ in vectors_of):
             raise InputError(f"the runs of {' on '.join(pair)} have other test rows: do them again on one data set")
-        figures.append((stem, files, four, vectors_of))
-    for stem, files, four, vectors_of in figures:
-        numbers_of[stem], dots = measure(four, vectors_of)
-        figure = draw_figure_1(numbers_of[stem], dots, vectors_of[0][2])
-        with ExitStack() as stack:  # all files or none; the numbers, which is_drawn reads, are renamed last
-            numbers_csv, dots_csv, png, pdf = (stack.enter_context(atomic_write(output_dir / name)) for name in files)
+        figures[stem] = four, vectors_of
+    for stem, runs in figures.items():
+        numbers_of[stem], dots = measure(*runs)
+        figure = draw_figure_1(numbers_of[stem], dots)
+        with ExitStack() as stack:  # all files or none; the numbers, which is_current reads, are renamed last
+            files = [output_dir / f"{stem}{end}" for end in ENDS]
+            numbers_csv, dots_csv, png, pdf = (stack.enter_context(atomic_write(path)) for path in files)
             numbers_of[stem].to_csv(numbers_csv, index=False)
             dots.to_csv(dots_csv, index=False)
             figure.savefig(png)
@@ -369,16 +343,14 @@ def write_figure_1(output_dir: Path, choice: dict[str, object], again: bool = Tr
 
 def main() -> None:
     parser = make_parser(__doc__)
-    where = "where results.csv and runs/ are (default: %(default)s)"
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help=where)
-    choice = {"default": argparse.SUPPRESS}
-    parser.add_argument("--model", type=model_name, help="as in results.csv (default: each)", **choice)
-    parser.add_argument("--dataset", help="as in results.csv (default: each)", **choice)
-    parser.add_argument("--frac", type=fraction, help="of the layers in panels b and c (default: the least)", **choice)
-    given = vars(parser.parse_args())
-    output_dir = given.pop("output_dir")
+    parser.add_argument("--output_dir", type=Path, default="outputs", help="holds results.csv (default: %(default)s)")
+    parser.add_argument("--model", type=model_name, help="as in results.csv (default: each)")
+    parser.add_argument("--dataset", help="as in results.csv (default: each)")
+    parser.add_argument("--frac", type=fraction, help="of the layers in panels b and c (default: the least)")
+    choice = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    output_dir = choice.pop("output_dir")
     try:
-        for stem, numbers in write_figure_1(output_dir, given).items():
+        for stem, numbers in write_figure_1(output_dir, choice).items():
             print(numbers.drop(columns=["run", "variant"]).to_string(index=False))
             print(f"-> {output_dir}/{stem}.png, {stem}.pdf, {stem}.csv, {stem}_numbers.csv")
     except (InputError, OSError) as error:

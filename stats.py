@@ -49,7 +49,7 @@ def same_seeds(runs: pd.DataFrame, cell: list[str]) -> tuple[pd.DataFrame, list[
     for key, group in runs.groupby(cell):
         seeds = group.groupby("learning_rate")["seed"].agg(set)
         common = set.intersection(*seeds)
-        if any(seeds != common):
+        if any(of_rate != common for of_rate in seeds):
             words = f"only {sorted(common)} are compared" if common else "none is common, each mean is over its own"
             notes.append(f"{in_words(key)}: learning rates have different seeds: {words}")
         groups.append(group[group["seed"].isin(common)] if common else group)

@@ -1,56 +1,99 @@
 """What a grid costs: counted by hand, and the prediction's parts against sums by hand."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import BertConfig
 
 import corrupt
 import cost
 import data_prep
+from config import RunConfig
 
 WEIGHTS = 6 * (12 * 384**2 + 13 * 384)  # of minilm's layers
+
+
+@pytest.fixture
+def rte(tmp_path: Path) -> RunConfig:
+    """2,490 and 277 rows of at most 64 tokens, as the set is not prepared; ten epochs of 78 steps."""
+    return RunConfig(model="minilm", dataset="rte", data_dir=str(tmp_path), output_dir=str(tmp_path))
 
 
 # The layers' weights and biases are those of the library's models.
 @pytest.mark.parametrize(("model", "expected"), [("bert-base-uncased", 85_054_464), ("minilm", WEIGHTS)])
 def test_weights(model: str, expected: int) -> None:
-    assert cost.weights_of(model) == expected
+    assert cost.encoder_weights(model) == expected
     if model == "minilm":
-        loaded, _ = corrupt.load_broken(corrupt.find_model(model)[0], "none", None, seed=0)
+        loaded, _ = corrupt.load_corrupted(corrupt.find_model(model)[0], "none", None, seed=0)
         assert expected == sum(weight.numel() for weight in corrupt.encoder_layers(loaded).parameters())
 
 
-# RTE, not prepared: 2,490 and 277 rows of at most 64 tokens. Three learning rates of ten epochs, 78 steps and 5 test
-# batches each; 6 operations a weight and token in training, 2 in testing; a probe's encoder reads all rows once.
-def test_work_of_a_cell(tmp_path: Path) -> None:
-    flags = ["--model", "minilm", "--dataset", "rte", "--data_dir", str(tmp_path), "--learning_rate"]
-    cell = [[*flags, rate] for rate in ("1e-5", "2e-5", "5e-5")]
-    work = cost.work(cell)
-    trained, evaluated = 3 * 10 * 2_490 * 64, 3 * 10 * 277 * 64
-    assert work == (3, 3 * 780, trained, 3 * 10 * 5, evaluated, WEIGHTS, False)
-    assert work.operations == WEIGHTS * (6 * trained + 2 * evaluated)
-    probe = cost.work([[*flags, "--tuning", "probe"] for flags in cell])
-    assert probe == (3, 3 * 780, 0, 3 * 10 * 5, 2_767 * 64, WEIGHTS, True)
-    assert probe.operations == 2 * WEIGHTS * 2_767 * 64
-    assert cost.work([[*cell[0], "--save_vectors"]]).evaluated == 11 * 277 * 64  # once more, to keep the vectors
-    assert cost.work([[*cell[0], "--max_steps", "39"]]).trained == 2_490 * 64 / 2
+# A step counts three times, an evaluation once; half an epoch is evaluated, too; a probe's encoder reads all rows once.
+def test_passes(rte: RunConfig) -> None:
+    train, test = cost.count_tokens("rte", rte.data_dir, 64)
+    assert (train, test) == (2_490 * 64, 277 * 64)
+    assert cost.passes(rte, (train, test)) == 3 * 10 * train + 10 * test
+    assert cost.passes(replace(rte, max_steps=39), (train, test)) == 3 * train / 2 + test
+    assert cost.passes(replace(rte, tuning="probe"), (train, test)) == train + test
+    assert cost.relative_cost(rte) == (3 * 10 * 2_490 + 10 * 277) * WEIGHTS
 
 
-# Of a prepared set the tokens are those that the tokenizer makes of each text, at most 16.
-def test_tokens(small_data: Path) -> None:
+# Of a prepared set the tokens are those that the tokenizer makes of each text, at most 16; no warnings.
+def test_tokens(small_data: Path, capfd: pytest.CaptureFixture) -> None:
     tokenizer = corrupt.load_tokenizer(corrupt.find_model("minilm")[0])
     data = data_prep.load("rotten_tomatoes", small_data)
     by_text = [sum(min(len(tokenizer(text).input_ids), 16) for text in part["text"]) for part in data.values()]
-    assert cost.tokens("rotten_tomatoes", str(small_data), 16) == tuple(by_text)
+    assert cost.count_tokens("rotten_tomatoes", str(small_data), 16) == tuple(by_text)
+    cost.count_tokens("bbc_news", str(small_data), 16)
+    assert tuple(capfd.readouterr()) == ("", "")
 
 
-# Two runs of 100 tokens in training and 10 in testing, then the same as a probe; five cells on two workers.
-def test_prediction_by_hand() -> None:
-    speed = cost.Speed(train_step=0.5, train_token=0.01, test_batch=0.25, test_token=0.001)
-    overhead = cost.Overhead(run=1.0, step=0.1, batch=0.2)
-    full = cost.Work(2, 4, 100, 3, 10, WEIGHTS, head_alone=False)
-    assert cost.seconds(full, speed, overhead) == pytest.approx(2 + 4 * 0.6 + 1.0 + 3 * 0.45 + 0.01)
-    probe = full._replace(trained=0, head_alone=True)
-    assert cost.seconds(probe, speed, overhead) == pytest.approx(2 + 4 * 0.1 + 3 * 0.2 + 0.01)
-    assert cost.makespan([5, 4, 3, 3, 1], 2) == 8  # 5 3; 4 3 1
-    assert cost.makespan([5, 4], 3) == 5
+def finish(run: RunConfig, name: str, seconds: float, **settings: object) -> None:
+    """Leave the result of a run of two epochs over 100 and 40 tokens."""
+    kept = {"model": run.model, "tuning": run.tuning, "bf16": run.bf16, "max_steps": -1} | settings
+    tokens = {"tokens": {"train": 100, "test": 40}}
+    folder = Path(run.output_dir) / "runs" / name
+    folder.mkdir(parents=True)
+    result = {"settings": kept, "data": tokens, "epochs": 2, "seconds": {"total": seconds}}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+# A run's fixed second is left out; of several the median counts. Runs that were cut short, and what cannot be read, are
+# passed over. Full: 2 (3 x 100 + 40) = 680 tokens; a probe's encoder reads 140.
+def test_speed_of_finished_runs(rte: RunConfig) -> None:
+    for name, seconds in (("a", 1 + 680 * 0.01), ("b", 1 + 680 * 0.02), ("c", 1 + 680 * 0.09)):
+        finish(rte, name, seconds)
+    finish(rte, "probe", 1 + 140 * 0.03, tuning="probe")
+    finish(rte, "short", 1 + 680, max_steps=1)
+    finish(rte, "odd", 1, model=["a list"])
+    for name, text in (("half", '{"settings": {"mod'), ("other", "[]"), ("empty", "{}")):
+        (Path(rte.output_dir) / "runs" / name).mkdir()
+        (Path(rte.output_dir) / "runs" / name / "result.json").write_text(text)
+    rates = cost.finished_rates(Path(rte.output_dir))
+    assert rates == {("minilm", "full", False): pytest.approx(0.02), ("minilm", "probe", False): pytest.approx(0.03)}
+
+
+# Three runs of 4,958,080 passes at a millisecond, and a second each, on two processes: 7,438.6 s; one alone 4,959.1 s.
+# What has not been run is timed.
+def test_prediction(rte: RunConfig, tiny_bert: Path) -> None:
+    finish(rte, "a", 1 + 680 * 0.001)
+    threads = torch.get_num_threads()
+    assert cost.predict([replace(rte, seed=seed) for seed in range(3)], 2, threads) == (
+        "to do: 14.87 million tokens forward (a step counts three times), 3.2e+14 floating-point operations in the "
+        "encoders: about 2.1 hours (speed from finished runs)"
+    )
+    assert "about 82.7 minutes" in cost.predict([rte], 2, threads)
+    both = cost.predict([replace(rte, model=str(tiny_bert), max_length=16), rte], 2, threads)
+    assert both.endswith("(speed from finished runs and steps timed here)")
+
+
+# Also with a vocabulary of ten words, and where --max_length, which no run has checked yet, is more than can be read.
+def test_steps_are_timed(rte: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    shape = BertConfig(vocab_size=10, max_position_embeddings=20, **sizes)
+    monkeypatch.setattr(cost, "shape_of", lambda model: shape)
+    for row_tokens in (4.0, 64.0):
+        assert cost.timed_rate(rte, row_tokens) > 0

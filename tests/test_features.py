@@ -126,7 +126,8 @@ def test_saved_vectors(pooling: str, tiny_bert: Path, small_data: Path, tmp_path
     assert json.loads((run.folder / "result.json").read_text())["settings"]["pooling"] == pooling
 
 
-# A whole file in the place of another, or one whose digest was not written before the process died: made again.
+# A whole file in the place of another, or one whose digest was not written before the process died, is made again. What
+# a process that was killed left half written goes.
 def test_another_file_in_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = Dataset.from_dict({"x": [1, 2, 3, 4]})
 
@@ -136,6 +137,7 @@ def test_another_file_in_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture
         ][:]
 
     assert (read("few", rows.select([0, 1])), read("all", rows)) == ([1, 2], [1, 2, 3, 4])
+    (tmp_path / "all" / "tmpkilled").write_bytes(b"half")
     for lost in ("digest", "file"):
         if lost == "digest":
             (tmp_path / "all" / "train.sha256").unlink()
@@ -144,3 +146,4 @@ def test_another_file_in_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture
         assert read("all", rows) == [1, 2, 3, 4]
         assert "all/train.arrow is not what was written: making it again" in capsys.readouterr().err
         assert read("all", rows) == [1, 2, 3, 4] and capsys.readouterr().err == ""
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["train.arrow", "train.sha256"]

@@ -1,91 +1,141 @@
-"""Which runs a preset needs, counted by hand from the paper's tables, and who does them."""
+"""Which runs a preset needs, counted by hand from the paper's tables, in what order, and who does them."""
 
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import run_of
 from transformers import BertConfig
 
+import executors
 import grid
-import settings
+import paper
+from common import InputError
+from config import Run
 
 
 class Memory(NamedTuple):
     total: float
 
 
-# 20 (model, damage) pairs, times data sets, times 3 learning rates; Figure 1's four cells are among Table 1's.
+# 20 (model, corruption) pairs, times data sets, times 3 learning rates; Figure 1's four cells are among Table 1's.
 @pytest.mark.parametrize(
     ("preset", "runs"),
     [("table1", 360), ("table3", 360), ("table4", 120), ("table5", 120), ("figure1", 12), ("paper", 960)],
 )
 def test_number_of_runs(preset: str, runs: int) -> None:
-    flag_lists = grid.jobs(grid.PRESETS[preset], {})
-    assert len(flag_lists) == runs == len({tuple(flags) for flags in flag_lists})
-    for flags in flag_lists:
-        settings.parse(flags)
+    found = grid.expand(paper.PRESETS[preset], {})
+    assert len(found) == runs == len(set(map(str, found)))
     if preset == "paper":
-        kept = [flags for flags in flag_lists if "--save_vectors" in flags]
-        assert len(kept) == 12 and all("ag_news" in flags for flags in kept)
+        kept = [run for run in found if run.save_vectors]
+        assert len(kept) == 12 and {run.dataset for run in kept} == {"ag_news"}
 
 
-# One column, one row, another model (6 layers: 25 % is no whole number of them), more seeds.
+# One column, one row, another model (6 layers: 25 % is not a whole number of them), more seeds.
 @pytest.mark.parametrize(
     ("axes", "runs"),
     [
         ({"dataset": ("imdb",)}, 20 * 3),
-        ({"model": ("bert-large-uncased",), "percent": (Fraction(75),), "corrupt": ("top",)}, 6 * 3),
-        ({"model": ("minilm",), "dataset": ("sst2",), "seed": ("0", "1")}, 4 * 3 * 2),
-        ({"corrupt": ("none", "all"), "learning_rate": ("3e-5",)}, 3 * 2 * 6),
+        ({"model": ("bert-large-uncased",), "frac": (Fraction(3, 4),), "corrupt": ("top",)}, 6 * 3),
+        ({"model": ("minilm",), "dataset": ("sst2",), "seed": (0, 1)}, 4 * 3 * 2),
+        ({"corrupt": ("none", "all"), "learning_rate": (3e-5,)}, 3 * 2 * 6),
     ],
 )
-def test_filters(axes: dict, runs: int) -> None:
-    assert len(grid.jobs(grid.PRESETS["table1"], axes)) == runs
+def test_filters(axes: dict, runs: int, capsys: pytest.CaptureFixture) -> None:
+    assert len(grid.expand(paper.PRESETS["table1"], axes)) == runs
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
+# What every run gets comes before what the preset says; runs that it makes one are one.
+def test_what_every_run_gets() -> None:
+    shared = {"tuning": "full", "num_train_epochs": 3.0, "trainer": {"weight_decay": 0.1}}
+    runs = grid.expand(paper.PRESETS["demo"], {"dataset": ("bbc_news",), "learning_rate": (1e-4,)}, shared)
+    assert len(runs) == 4 and {(run.num_train_epochs, run.trainer["weight_decay"]) for run in runs} == {(3.0, 0.1)}
+
+
+# A part of the layers that one of the models has not is left out and named; one that none has leaves nothing to do.
+def test_parts_that_do_not_fit(capsys: pytest.CaptureFixture) -> None:
+    axes = {"dataset": ("rte",), "corrupt": ("top",), "frac": (Fraction(1, 4), Fraction(1, 3))}
+    models = ("bert-base-uncased", "minilm")
+    runs = grid.expand(paper.PRESETS["table5"], axes | {"model": models})
+    assert {(run.model, run.frac) for run in runs} == {(models[0], Fraction(1, 4))} | {
+        (m, Fraction(1, 3)) for m in models
+    }
+    expected = "minilm: --frac 1/4 is left out: not a whole number of its 6 layers\n"
+    assert tuple(capsys.readouterr()) == ("", expected)
+    grid.expand(paper.PRESETS["table5"], axes | {"model": models, "frac": (Fraction(1, 4),)})
+    assert tuple(capsys.readouterr()) == ("", expected)
 
 
 def test_no_cell_is_left() -> None:
-    with pytest.raises(settings.RunError, match="whole number of layers"):
-        grid.jobs(grid.PRESETS["table1"], {"model": ("minilm",), "percent": (Fraction(25),)})
+    for axes in ({"frac": (Fraction(1, 4),)}, {"frac": (Fraction(1),), "corrupt": ("none", "top")}):
+        with pytest.raises(InputError, match="no cell is left: a --frac must be a whole number of layers"):
+            grid.expand(paper.PRESETS["table1"], {"model": ("minilm",), **axes})
 
 
-# A cell's learning rates stay together, seeds do not; the cell with the most rows to train on comes first.
-def test_cells_and_their_order(tmp_path: Path) -> None:
-    axes = {"model": ("minilm",), "dataset": ("rte", "mrpc"), "percent": (Fraction(0),), "seed": ("0", "1")}
-    flag_lists = [[*flags, "--data_dir", str(tmp_path)] for flags in grid.jobs(grid.PRESETS["table5"], axes)]
-    cells = grid.by_cell(flag_lists)
-    assert [len(cell) for cell in cells] == [3, 3, 3, 3] and sorted(
-        flags for cell in cells for flags in cell
-    ) == sorted(flag_lists)
-    assert [cell[0][3] for cell in cells] == ["mrpc", "mrpc", "rte", "rte"]
-    assert all(len({tuple(flags[6:]) for flags in cell}) == 1 for cell in cells)
-
-
-# One worker a core with one thread each, unless told otherwise or memory is short; threads are shared out.
-def test_workers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    flag_lists = grid.jobs(grid.PRESETS["table1"], {"dataset": ("rte",), "percent": (Fraction(0),)})
+# One process a core with one thread each, unless told otherwise or memory is short; threads are shared out.
+def test_layout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    runs = grid.expand(paper.PRESETS["table1"], {"dataset": ("rte",), "frac": (Fraction(0),)})
     large = 1e9 + 24 * (302_309_376 + 30_522 * 1_024) + 4 * 20 * 32 * 64 * 1_024 * 24  # bytes of BERT-large, by hand
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     for memory, wanted, expected in ((9, None, (8, 1)), (9, 2, (2, 4)), (3, None, (3, 2)), (0.5, None, (1, 8))):
         monkeypatch.setattr(grid.psutil, "virtual_memory", lambda memory=memory: Memory(memory * large))
-        assert grid.staff(flag_lists, wanted, None)[:2] == expected
+        assert grid.worker_layout(runs, wanted, None) == (*expected, ())
         assert ("more memory than there is" in capsys.readouterr().err) == (expected[0] < (wanted or 8))
 
 
-# With GPUs a worker for each, or as many as asked for, and each told which GPU is its own.
-def test_workers_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    flag_lists = grid.jobs(grid.PRESETS["demo"], {})
-    with pytest.raises(settings.RunError, match="there is none"):
-        grid.staff(flag_lists, None, 2)
+# With GPUs a process for each, or as many as asked for, and each told which GPU is its own.
+def test_layout_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = grid.expand(paper.PRESETS["demo"], {})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="there is none"):
+        grid.worker_layout(runs, None, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    monkeypatch.setattr(grid.psutil, "virtual_memory", lambda: Memory(1e15))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert grid.staff(flag_lists, None, None) == (2, 6, ("0", "1"))
-    assert grid.staff(flag_lists, None, 3) == (6, 2, ("0", "1"))
+    assert grid.worker_layout(runs, None, None) == (2, 6, ("0", "1"))
+    assert grid.worker_layout(runs, None, 3) == (6, 2, ("0", "1"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8f6c")
-    assert grid.staff(flag_lists, 4, None) == (4, 3, ("5", "GPU-8f6c"))
+    assert grid.worker_layout(runs, 4, None) == (4, 3, ("5", "GPU-8f6c"))
+
+
+class Pool:
+    """Does no run: the one of seed 1 is another process's at first, the one of seed 2 fails."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[Run], bool]] = []
+
+    def run_all(self, runs: list[Run], wait_for_others: bool) -> Iterator[executors.Outcome]:
+        self.asked.append((list(runs), wait_for_others))
+        for run in runs:
+            state = {1: "done" if wait_for_others else "busy", 2: "failed"}.get(run.config.seed, "done")
+            yield executors.Outcome(run, state, f"seed {run.config.seed}")
+
+
+# The longest first, and of a probe's learning rates the one that computes the others' features; what another process
+# does comes last; what failed is named.
+def test_order(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    probe = ["--tuning", "probe", "--num_train_epochs", "40"]
+    changes = {
+        "short": ["--num_train_epochs", "1"],
+        "busy": ["--num_train_epochs", "2", "--seed", "1"],
+        "long": ["--num_train_epochs", "9"],
+        "failing": ["--num_train_epochs", "8", "--seed", "2"],
+        "probe": probe,
+        "its other rate": [*probe, "--learning_rate", "1e-2"],
+    }
+    runs = {run_of([*flags, *change]).name: name for name, change in changes.items()}
+    pool = Pool()
+    assert grid.dispatch([run_of([*flags, *change]) for change in changes.values()], pool) == ["seed 2"]
+    (first, wait), (last, wait_at_last) = pool.asked
+    assert [runs[run.name] for run in first] == ["long", "failing", "busy", "short", "probe", "its other rate"]
+    assert [runs[run.name] for run in last] == ["busy"] and (wait, wait_at_last) == (False, True)
+    assert [line.partition("]")[0] for line in capsys.readouterr().out.splitlines()][-1] == "[6 of 6"
 
 
 # A model that cannot be had is asked for once, not for each of its runs; not one run is left, so the reason is told.
@@ -94,9 +144,9 @@ def test_a_model_that_is_not_there(
 ) -> None:
     asked = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(grid.corrupt.HfApi, "model_info", lambda *_, **__: asked.append(1) or 1 / 0)
-    flags = ["--preset", "table1", "--model", "no-such/model", "--dataset", "rte", "--percent", "0"]
-    monkeypatch.setitem(grid.cost.CONFIGS, "no-such/model", BertConfig())
+    monkeypatch.setattr(grid.cost.corrupt.HfApi, "model_info", lambda *_, **__: asked.append(1) or 1 / 0)
+    flags = ["--preset", "table1", "--model", "no-such/model", "--dataset", "rte", "--frac", "0"]
+    monkeypatch.setattr(grid.cost, "shape_of", lambda model: BertConfig())
     monkeypatch.setattr("sys.argv", ["grid.py", *flags, "--output_dir", str(tmp_path), "--data_dir", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_info:
         grid.main()

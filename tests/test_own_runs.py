@@ -98,10 +98,11 @@ def test_grid(
     cost.count_tokens.cache_clear()
     assert cost.count_tokens(*place, 64) == (40 * 4, 20 * 4)  # [CLS] film 7 [SEP]
 
-    runs, *_ = aggregate.read_runs(tmp_path / "outputs")
-    table = aggregate.paper_table(aggregate.make_cells(runs))
-    assert list(table.text) == ["model", "corruption", "mydata bottom", "mydata top"]
-    assert table.text["mydata top"].ne("").all() and len(table.text) == 2
+    monkeypatch.setattr(sys, "argv", ["aggregate.py", "--output_dir", str(tmp_path / "outputs")])
+    aggregate.main()
+    table = pd.read_csv(tmp_path / "outputs" / "table1.csv")
+    assert list(table) == ["model", "corruption", "mydata bottom", "mydata top"]
+    assert table["mydata top"].notna().all() and len(table) == 2
     words = shlex.split(listed.splitlines()[0])[3:]  # without: missing python train.py
     run = config.RunConfig(**config.parse_flags(config.run_parser(train.__doc__), words))
     assert grid.find_run(run)

@@ -162,10 +162,11 @@ def test_seeds_share_no_epoch(flags: list[str], small_data: Path) -> None:
     assert len(set(epochs)) == 6
 
 
-# The saved model, read back by the library and run on one text after the other, makes the predictions of the file.
+# The saved model, read back by the library and run on one text after the other, makes the predictions of the file, also
+# where the library would sort the rows by length when it predicts.
 def test_predictions_belong_to_their_rows(flags: list[str], small_data: Path) -> None:
     fast = ["--model", "minilm", "--num_train_epochs", "1", "--learning_rate", "5e-4", "--max_length", "32"]
-    run = run_of([*flags, *fast, "--save_model"])
+    run = run_of([*flags, *fast, "--save_model", "--train_sampling_strategy", "group_by_length"])
     train.run_training(run)
     model = AutoModelForSequenceClassification.from_pretrained(run.folder / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
@@ -317,13 +318,20 @@ def test_accumulated_parts_equal_the_whole_batch(flags: list[str], small_data: P
 
 # A hub that takes the connection and never answers, and an empty cache: one line, well before the library gives up.
 def test_a_silent_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    ask, timeouts = corrupt.HfApi.model_info, []
+
+    def model_info(hub: object, name: str, timeout: float) -> None:
+        timeouts.append(timeout)
+        ask(hub, name, timeout=timeout)
+
+    monkeypatch.setattr(corrupt.HfApi, "model_info", model_info)
     corrupt.download_model.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         error = refused(monkeypatch, capsys, ["--output_dir", str(tmp_path / "outputs")])
     assert "'bert-base-uncased' is not on this machine and the hub cannot be reached (" in error
-    assert "timed out" in error and not (tmp_path / "outputs").exists()
+    assert timeouts == [3] and "timed out" in error and not (tmp_path / "outputs").exists()
 
 
 # A launcher's process, one of two, refuses before it loads or writes anything.
