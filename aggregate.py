@@ -31,6 +31,7 @@ from config import NEUTRAL_VALUES, RESULTS_VERSION
 from paper import CLAIMS, DATASETS, MODELS, TABLES, dataset_title, model_title, published_cells, table_of
 
 CELL = ["model", "variant", "side", "percent", "dataset", "pooling", "tuning"]
+RUN = [*CELL, "learning_rate", "seed"]
 ACROSS = r"(0|100)%"  # the corruption in rows that have one number for bottom and top
 PLACE = ["table", "model", "percent", "side", "dataset"]  # a cell of a paper table
 KNOWN = {"table": TABLES, "model": MODELS, "dataset": DATASETS}  # columns that have an order in paper.py
@@ -72,8 +73,8 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
         raise InputError("\n".join([*problems, *failures, advice]))
     runs = pd.DataFrame(rows.values(), index=list(rows))
     runs.insert(1, "variant", variants(settings))
-    runs = runs.sort_values([*CELL, "learning_rate", "seed", "run"], ignore_index=True)
-    copies = runs.duplicated([*CELL, "learning_rate", "seed"])
+    runs = runs.sort_values([*RUN, "run"], ignore_index=True)
+    copies = runs.duplicated(RUN)
     problems += [f"{output_dir}/runs/{run} is left out: another has the same settings" for run in runs["run"][copies]]
     return runs[~copies].reset_index(drop=True), predictions, failures, problems
 
@@ -86,7 +87,7 @@ def result_row(result: dict) -> dict:
     if not (0 <= result["weighted_f1"] <= 1 and 0 <= result["accuracy"] <= 1):
         raise ValueError("weighted_f1 or accuracy is not from 0 to 1")
     layers = round(Fraction(settings["frac"]) * result["corruption"]["num_layers"])
-    row = {name: settings[name] for name in (*CELL, "learning_rate", "seed") if name != "variant"}
+    row = {name: settings[name] for name in RUN if name != "variant"}
     row |= {"layers": layers, "f1": 100 * result["weighted_f1"], "accuracy": 100 * result["accuracy"]}
     row |= {name: result[name] for name in ("best_epoch", "epochs", "commit")}
     row |= {"seconds": round(result["seconds"]["total"], 1), "device": result["device"]["name"]}
@@ -103,7 +104,7 @@ def variants(settings_of: dict[str, dict]) -> pd.Series:
     """What sets a run apart from others of its model, data set and table, beside its cell, learning rate and seed."""
     settings = pd.DataFrame([with_neutral(settings) for settings in settings_of.values()], index=list(settings_of))
     by = [settings[name] for name in ("model", "dataset", "pooling", "tuning")]
-    own = settings.drop(columns=[*(set(CELL) & set(settings)), "frac", "learning_rate", "seed"]).astype(object)
+    own = settings.drop(columns=[*RUN, "frac"], errors="ignore").astype(object)
     own = own.where(own.notna(), None).map(lambda value: json.dumps(value, sort_keys=True).strip('"'))
     differs = own.groupby(by).transform("nunique") > 1
     texts = own.apply(lambda column: column.str[:8] if column.name.endswith("_fingerprint") else column)

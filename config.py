@@ -178,11 +178,12 @@ class RunConfig:
                 )
 
     def flags(self) -> list[str]:
-        """The flags of train.py that say this, those at their default left out."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trainer"}
-        given = {name: value for name, value in own.items() if value != getattr(RunConfig, name)} | self.trainer
-        texts = {name: json.dumps(v) if isinstance(v, dict | list) else str(v) for name, v in given.items()}
-        return [word for name, text in texts.items() for word in (f"--{name}", text)]
+        """The flags of train.py that say this; model and data set first, then those that are not at their default."""
+        own = {name: getattr(self, name) for name in FIELDS}
+        given = {name: v for name, v in own.items() if name in ("model", "dataset") or v != FIELDS[name].default}
+        given = {"model": self.model, "dataset": self.dataset} | given | self.trainer
+        words = {dict: json.dumps, list: json.dumps, float: exact}
+        return [word for name, v in given.items() for word in (f"--{name}", words.get(type(v), str)(v))]
 
 
 FIELDS = {f.name: f for f in fields(RunConfig) if f.name != "trainer"}
@@ -336,8 +337,11 @@ def run_name(settings: dict) -> str:
 def describe_cell(settings: dict) -> str:
     """The run's cell in words."""
     s = settings
-    part = "uncorrupted" if s["side"] == "none" else f"{s['percent']:g} % {s['side']}"
-    how = ["", ", mean pooling"][s["pooling"] == "mean"] + ("" if s["tuning"] == "full" else f", {s['tuning']}")
+    part = {"none": "uncorrupted", "all": "100 %"}.get(s["side"], f"{s['percent']:g} % {s['side']}")
+    part += "" if s["method"] == "reinit" or s["side"] == "none" else f" ({s['method']})"
+    how = ("" if s["pooling"] == "cls" else f", {s['pooling']} pooling") + (
+        "" if s["tuning"] == "full" else f", {s['tuning']}"
+    )
     return f"{s['model']}, {part}, {s['dataset']}{how}"
 
 

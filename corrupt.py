@@ -305,6 +305,8 @@ def load_corrupted(
     The head of `AutoModelForSequenceClassification` is drawn from a stream of its own, so that it is the same for
     every corruption. `config` goes to the model's configuration (`num_labels`, ...). Raises InputError.
     """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the library's report of new weights says what the manifest says
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(named_generator(seed, "head").initial_seed())
@@ -319,6 +321,8 @@ def load_corrupted(
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     new, encoder = sorted(info["missing_keys"]), f"{model.base_model_prefix}."
     lost = [name for name in new if name.startswith(encoder) and "pooler" not in name]
     if lost or info["mismatched_keys"]:
@@ -386,7 +390,6 @@ def main() -> None:
     args = parser.parse_args()
     if not math.isfinite(args.kaiming_a):
         parser.error(f"--kaiming_a {args.kaiming_a} is not finite")
-    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         manifest = save_corrupted(**vars(args))

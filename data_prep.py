@@ -89,8 +89,8 @@ def split_by_sentence(texts: list[str], labels: np.ndarray, test_size: int, seed
     """Which phrases are test phrases when whole sentences are held out (SST-2's phrases are parts of sentences).
 
     No two texts are the same phrase; a sentence is one that stands, token by token, inside no other. Sentences are held
-    out one by one, in a seeded order that keeps the classes' shares, until `test_size` phrases stand in held-out
-    sentences alone. Returns a boolean array of shape (phrases,): none that is true stands inside one that is false.
+    out one by one, in a seeded order that keeps the classes' shares, until `test_size` phrases or more stand in
+    held-out sentences alone. Returns a boolean array of shape (phrases,): no true one stands inside a false one.
     """
     row_of = {tuple(text.split()): row for row, text in enumerate(texts)}
     spans = ((words[a:b] for a, b in combinations(range(len(words) + 1), 2)) for words in row_of)

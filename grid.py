@@ -106,12 +106,11 @@ def expand(preset: tuple[paper.Sweep, ...], axes: dict[str, tuple], shared: dict
     """
     runs: dict[str, RunConfig] = {}
     for sweep in (replace(sweep, **axes) for sweep in preset):
-        fixed = {name: getattr(sweep, name) for name in ("pooling", "tuning", "num_train_epochs", "save_vectors")}
         for model, dataset in product(sweep.model, sweep.dataset):
             chosen = corruptions(sweep, cost.shape_of(model).num_hidden_layers)
             for corruption, rate, seed in product(chosen, sweep.learning_rate, sweep.seed):
                 cell = {"model": model, "dataset": dataset, "learning_rate": rate, "seed": seed}
-                run = RunConfig(**fixed | cell | corruption | (shared or {}))
+                run = RunConfig(**sweep.fixed | cell | corruption | (shared or {}))
                 runs.setdefault(str(replace(run, save_vectors=False)), run)
     if not runs:
         raise InputError("no cell is left: a --frac must be a whole number of layers, a --corrupt belong to it")

@@ -21,19 +21,27 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
 import plots
-from aggregate import claims_table, format_cells, in_order, paper_table, read_csv, with_neutral
+from aggregate import (
+    RUN,
+    claims_table,
+    count_missing,
+    format_cells,
+    groups,
+    in_order,
+    paper_table,
+    read_csv,
+    with_neutral,
+)
 from common import InputError, atomic_write, fail, make_parser, one_line
-from paper import CLAIMS, DATASETS, MODELS, TABLES, dataset_title, model_title, published_cells
+from paper import CLAIMS, TABLES, dataset_title, model_title, published_cells
 
 LOST, APART = 25, 10  # F1 points where a heat map's colour is full: against the uncorrupted model, against the paper
-COUNTED = ("holds", "compared")
-HOW_OFTEN = ((1.0, "always"), (0.9, "nearly always"), (0.65, "mostly"), (0.35, "about half of the time"))
+# The share of comparisons, at least, for which a word stands; the page lists those between the first and «seldom».
+HOW_OFTEN = ((1, "always"), (0.9, "nearly always"), (0.65, "mostly"), (0.35, "about half of the time"))
+HOW_OFTEN += ((1e-9, "seldom"), (0, "never"))
 TUNINGS = {"full": "Fine-tuning", "probe": "A linear probe"}  # others go by their own name
-OF_A_CELL = ["model", "side", "frac", "percent", "dataset", "pooling", "tuning", "learning_rate", "seed"]
-OF_A_CELL += ["model_fingerprint", "data_fingerprint"]
 COLUMNS = ["table", "model", "variant", "dataset"]  # a column of a table, for one model
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -73,15 +81,13 @@ def read(output_dir: Path) -> ResultSet:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder} is not what results.csv was made from ({one_line(error)}): {again}") from error
     folders = sorted(path.parent.name for path in output_dir.glob("runs/*/result.json"))
-    failures = {path.parent.name: read_reason(path) for path in sorted(output_dir.glob("runs/*/failure.json"))}
+    failures = {}
+    for path in sorted(output_dir.glob("runs/*/failure.json")):
+        try:
+            failures[path.parent.name] = json.loads(path.read_text())["reason"]
+        except (OSError, ValueError, KeyError, TypeError):
+            failures[path.parent.name] = "failure.json cannot be read"
     return ResultSet(runs, cells, pairs, results, epochs, failures, [run for run in folders if run not in results])
-
-
-def read_reason(failure: Path) -> str:
-    try:
-        return json.loads(failure.read_text())["reason"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "failure.json cannot be read"
 
 
 # ---- Ours beside the reference: the paper, or another output folder ----
@@ -90,7 +96,8 @@ def read_reason(failure: Path) -> str:
 def join_reference(ours: pd.DataFrame, reference: pd.DataFrame, by_variant: bool) -> pd.DataFrame:
     """A row for each cell of ours, and of the reference where it has a column of ours; its values end in _reference.
 
-    `difference` is ours - reference, `lost` F1 - the uncorrupted model's (both in percent, negative is worse).
+    `difference` is ours - reference, `lost` F1 - the uncorrupted model's (both in percent, negative is worse), `kept`
+    F1 in percent of it.
     """
     columns = ours[COLUMNS].drop_duplicates()
     on = COLUMNS if by_variant else [name for name in COLUMNS if name != "variant"]
@@ -102,45 +109,19 @@ def join_reference(ours: pd.DataFrame, reference: pd.DataFrame, by_variant: bool
     for whose in ("", "_reference"):
         uncorrupted = both[COLUMNS].merge(baseline[[f"f1{whose}"]], how="left", left_on=COLUMNS, right_index=True)
         both[f"lost{whose}"] = both[f"f1{whose}"] - uncorrupted[f"f1{whose}"]
+        both[f"kept{whose}"] = 100 * both[f"f1{whose}"] / uncorrupted[f"f1{whose}"]
     return both
 
 
-def how_often(holds: int, compared: int) -> str:
-    share = holds / compared
-    words = next((words for least, words in HOW_OFTEN if share >= least), "seldom" if holds else "never")
-    return f"{words} ({holds} of {compared})"
-
-
-def claim_summary(both: pd.DataFrame, reference: pd.DataFrame, pairs: pd.DataFrame, name: str) -> list[dict]:
-    """For each claim: how often it holds in the tables that are here, in ours and in the reference, and a sentence."""
+def claim_summary(both: pd.DataFrame, reference: pd.DataFrame) -> list[dict]:
+    """For each claim: how many comparisons hold it, table by table and in all, in the tables that ours has."""
     ours = both.dropna(subset="f1")
     counts = claims_table(ours, reference)
-    counts = counts[counts["table"].isin(ours["table"])]
-    summary = []
-    for number, claim in enumerate(CLAIMS, 1):
-        of_claim = counts[counts["claim"].str.startswith(f"({number})")]
-        sums = of_claim.sum(numeric_only=True)
-        holds, compared, theirs, in_all = (int(sums[f"{of}_{what}"]) for of in ("ours", "paper") for what in COUNTED)
-        sentence = f"Nothing here to compare: it takes {claim.needs}."
-        if compared:
-            sentence = f"Holds here {how_often(holds, compared)}"
-            sentence += f"; in {name} {how_often(theirs, in_all)}." if in_all else "."
-        if number == 3 and len(pairs):
-            unclear = [describe_pair(pair) for pair in pairs[pairs["low"] <= 0].to_dict("records")]
-            above = f"{len(pairs) - len(unclear)} of {len(pairs)}"
-            sentence += f" In {above} the 95 % interval of the difference is above 0"
-            sentence += f"; not so in {'; '.join(unclear)}." if 0 < len(unclear) <= 3 else "."
-        shares = [{"name": "here", "holds": holds, "compared": compared}]
-        shares += [{"name": name, "holds": theirs, "compared": in_all}] if in_all else []
-        of = {"number": number, "claim": claim.sentence, "tables": of_claim.to_dict("records")}
-        summary.append(of | {"sentence": sentence, "shares": shares})
-    return summary
-
-
-def describe_pair(pair: dict) -> str:
-    """A row of bottom_top.csv in words."""
-    unusual = [pair[name] for name, usual in (("pooling", "cls"), ("tuning", "full")) if pair[name] != usual]
-    return ", ".join([plots.describe_model(pair), f"{pair['percent']:g} %", dataset_title(pair["dataset"]), *unusual])
+    by_claim = counts[counts["table"].isin(ours["table"])].groupby("claim")
+    return [
+        {"sentence": claim.sentence, "needs": claim.needs, "tables": of_claim, **of_claim.sum(numeric_only=True)}
+        for claim, (_, of_claim) in zip(CLAIMS, by_claim, strict=True)
+    ]
 
 
 def recovered_share(both: pd.DataFrame) -> pd.DataFrame:
@@ -148,29 +129,21 @@ def recovered_share(both: pd.DataFrame) -> pd.DataFrame:
 
     Taken are the `columns` (model and data set) that have both sides at that degree; `reference` if it has them all.
     """
-    share = both.assign(
-        ours=100 * both["f1"] / (both["f1"] - both["lost"]),
-        reference=100 * both["f1_reference"] / (both["f1_reference"] - both["lost_reference"]),
-    )
     rows = []
-    for table in in_order(both["table"], TABLES):
-        of_table = share[(share["table"] == table) & (share["side"] != "none")]
-        for percent, group in of_table.groupby("percent"):
-            wide = group.pivot(index=COLUMNS, columns="side", values=["ours", "reference"])
-            complete = wide[wide["ours"].notna().all(axis=1)]
-            if complete.empty or set(wide["ours"]) not in ({"all"}, {"bottom", "top"}):
-                continue
-            for side in wide["ours"]:
-                ours, reference = complete["ours", side].mean(), complete["reference", side].mean(skipna=False)
-                of = {"table": table, "percent": percent, "side": side, "columns": len(complete)}
-                rows.append(of | {"ours": ours, "reference": reference})
+    for (table, percent), group in groups(both[both["side"] != "none"], "table", "percent"):
+        wide = group.pivot(index=COLUMNS, columns="side", values=["kept", "kept_reference"])
+        complete = wide[wide["kept"].notna().all(axis=1)]
+        if complete.empty or set(wide["kept"]) not in ({"all"}, {"bottom", "top"}):
+            continue
+        for side in wide["kept"]:
+            ours, reference = complete["kept", side].mean(), complete["kept_reference", side].mean(skipna=False)
+            rows.append((table, percent, side, len(complete), ours, reference))
     return pd.DataFrame(rows, columns=["table", "percent", "side", "columns", "ours", "reference"])
 
 
 def headline(shares: pd.DataFrame, name: str) -> str:
     """The first table's degree nearest to one half, in a sentence; nothing if no column has both sides."""
-    table = next(iter(shares["table"]), None)
-    of_table = shares[shares["table"] == table]
+    of_table = shares[shares["table"].isin(shares["table"].head(1))]
     percents = of_table.loc[of_table["side"] != "all", "percent"]
     if percents.empty:
         return ""
@@ -179,7 +152,8 @@ def headline(shares: pd.DataFrame, name: str) -> str:
     bottom = f"with the bottom {percent:g} % of its layers re-initialised"
     words = {"bottom": bottom, "top": "with the top", "all": "with all"}
     parts = [f"{rows.at[side, 'ours']:.0f} % {words[side]}" for side in words if side in rows.index]
-    tuning, columns = TABLES[table].tuning, int(rows["columns"].iloc[0])
+    table, columns = rows["table"].iloc[0], rows["columns"].iloc[0]
+    tuning = TABLES[table].tuning
     sentence = f"{TUNINGS.get(tuning, tuning)} gives back, of the uncorrupted model's F1, {', '.join(parts)}"
     if rows["reference"].notna().all():
         theirs = ", ".join(f"{rows.at[side, 'reference']:.0f} %" for side in words if side in rows.index)
@@ -188,57 +162,44 @@ def headline(shares: pd.DataFrame, name: str) -> str:
     return f"{sentence} (Table {table}, averaged {over})."
 
 
-# ---- The tables as heat maps ----
+# ---- The tables as heat maps, and Figure 1 ----
 
 
-def heat(cells: pd.DataFrame, points: pd.Series, full: float, signed: bool = False) -> dict:
-    """One table's cells in the paper's layout, for the page; the colour follows `points` and is full at `full`."""
-    table = paper_table(cells)
-    texts = format_cells(table, "<b>{}</b>", '<span class="collapsed">{}</span>')
-    models: list[dict] = []
-    for row, (model, degree) in table.text[["model", "corruption"]].iterrows():
-        if not models or models[-1]["name"] != model:
-            models.append({"name": model, "rows": []})
-        numbers = []
-        for column in list(table.cell)[::2]:
-            across = degree.startswith(("0%", "100%"))
-            for name in (column,) if across else (column, column.removesuffix("bottom") + "top"):
-                cell = table.cell.at[row, name]
-                number = {"across": across, "text": texts.at[row, name], "cell": None if pd.isna(cell) else int(cell)}
-                if number["text"]:
-                    by = points.get(cell, np.nan)
-                    text = f"{cells.at[cell, 'f1']:+.2f}" if signed else number["text"]
-                    number |= {"text": Markup(text), "heat": 0 if np.isnan(by) else min(1, abs(by) / full)}
-                    number["kind"] = "low" if by < 0 else "high"
-                numbers.append(number)
-        models[-1]["rows"].append({"degree": degree, "numbers": numbers})
-    datasets = [column.removesuffix(" bottom") for column in list(table.cell)[::2]]
-    return {"datasets": datasets, "models": models, "missing": table.missing}
+def heat(title: str, cells: pd.DataFrame, points: str) -> dict:
+    """A map for the page: one table's cells in the paper's layout, and what stands in each, coloured by its points."""
+    texts, full = format_cells(cells, "<b>{}</b>", '<span class="collapsed">{}</span>'), LOST
+    missing = count_missing(paper_table(cells, texts))
+    if points == "difference":
+        texts, full = cells["f1"].map("{:+.2f}".format).where(cells["f1"].notna(), ""), APART
+    strength = (cells[points].abs() / full).clip(upper=1).fillna(0)
+    kind = cells[points].lt(0).map({True: "low", False: "high"})
+    numbers = pd.DataFrame({"text": texts, "heat": strength, "kind": kind}).to_dict("index")
+    return {"title": title, "ids": paper_table(cells, cells.index), "numbers": numbers, "missing": missing}
 
 
-def heat_maps(both: pd.DataFrame, name: str) -> list[dict]:
-    """The heat maps of each table: ours, and where the reference has cells of it, theirs and the difference."""
-    maps = []
-    for number in in_order(both["table"], TABLES):
-        cells = both[both["table"] == number]
-        ours = heat(cells, cells["lost"], LOST)
-        views = [{"title": "Ours", "kind": "lost", **ours}]
+def heat_maps(both: pd.DataFrame, name: str) -> dict[str, list[dict]]:
+    """The maps of each table: ours, and where the reference has cells of it, theirs and the difference."""
+    maps = {}
+    for (number,), cells in groups(both, "table"):
+        maps[number] = [heat("Ours", cells, "lost")]
         known = cells[cells["f1_reference"].notna()]
-        if len(known):
-            cells = cells[cells["model"].isin(known["model"]) & cells["dataset"].isin(known["dataset"])]
-            theirs = cells.assign(f1=cells["f1_reference"], f1_std=np.nan, collapsed=cells["collapsed_reference"])
-            title = name.replace("the paper", "The paper")
-            views.append({"title": title, "kind": "lost", **heat(theirs, cells["lost_reference"], LOST)})
-            apart = cells.assign(f1=cells["difference"], f1_std=np.nan, collapsed=False)
-            of_apart = heat(apart, cells["difference"], APART, signed=True)
-            views.append({"title": f"Ours - {name}", "kind": "apart", **of_apart})
-        caption = f"weighted F1 in percent {TABLES[number].caption}"
-        maps.append({"number": number, "caption": caption, "views": views, "missing": ours["missing"]})
+        if known.empty:
+            continue
+        cells = cells[cells["model"].isin(known["model"]) & cells["dataset"].isin(known["dataset"])]
+        cells = cells.assign(f1_std=np.nan)
+        theirs = cells[["f1_reference", "collapsed_reference", "lost_reference"]]
+        theirs = cells.assign(**theirs.rename(columns=lambda column: column.removesuffix("_reference")))
+        apart = cells.assign(f1=cells["difference"], collapsed=False)
+        maps[number] += [heat(name.replace("the paper", "The paper"), theirs, "lost")]
+        maps[number] += [heat(f"Ours - {name}", apart, "difference")]
     return maps
 
 
-def figures_1(output_dir: Path, runs: set[str]) -> list[dict]:
-    """Figure 1 of each model and data set that has one: its picture, four panels in two rows, and its numbers."""
+def figures_1(output_dir: Path, f1_of: dict[str, float]) -> list[dict]:
+    """Figure 1 of each model and data set that has one: its picture, four panels in two rows, and its numbers.
+
+    Shown are the one that plots.py draws unasked, drawn here if need be, and those of a degree that was chosen there.
+    """
     if any(output_dir.glob("runs/*/vectors.npy")):
         try:
             plots.write_figure_1(output_dir, {}, again=False)
@@ -247,19 +208,12 @@ def figures_1(output_dir: Path, runs: set[str]) -> list[dict]:
     figures = []
     for path in sorted(output_dir.glob("figure1_*_numbers.csv")):
         stem = path.name.removesuffix("_numbers.csv")
-        numbers = read_csv(path)
-        if not runs.issuperset(numbers["run"]):
+        if not plots.is_current(output_dir, stem, f1_of):
             continue  # of runs that are no longer there
-        dots = read_csv(output_dir / f"{stem}.csv")
-        names = dots.drop_duplicates("label").set_index("label")["label_name"].sort_index().to_dict()
-        picture = BytesIO()
-        plots.draw_figure_1(numbers, dots, names, across=2).savefig(picture, format="png")
-        sides = zip(numbers["side"], numbers["percent"], strict=True)
-        rows = numbers.assign(corruption=[plots.describe_corruption(*of) for of in sides])
-        first = numbers.iloc[0]
-        title = f"{plots.describe_model(first)} on {dataset_title(first['dataset'])}"
+        numbers, dots, picture = read_csv(path), read_csv(output_dir / f"{stem}.csv"), BytesIO()
+        plots.draw_figure_1(numbers, dots, across=2).savefig(picture, format="png")
         picture = b64encode(picture.getvalue()).decode()
-        figures.append({"title": title, "stem": stem, "picture": picture, "rows": rows.to_dict("records")})
+        figures.append({"stem": stem, "picture": picture, "rows": numbers.to_dict("records")})
     return figures
 
 
@@ -269,30 +223,17 @@ def figures_1(output_dir: Path, runs: set[str]) -> list[dict]:
 def caveats(ours: ResultSet, both: pd.DataFrame) -> dict:
     """What a reader must know before trusting a number: collapsed runs, rates at the edge, what is not there."""
     cells = both.dropna(subset="f1")
-    collapsed = ours.runs[ours.runs["collapsed"]]
-    apart = cells.dropna(subset="difference").sort_values("difference", key=abs, ascending=False)
     return {
-        "collapsed": [{**run, "label": plots.describe_cell(run)} for run in collapsed.to_dict("records")],
-        "edge": cell_rows(cells[cells["lr_at_grid_edge"].eq(True)]),
-        "edge_of": int(cells["lr_at_grid_edge"].notna().sum()),
-        "bias": cell_rows(cells.sort_values("selection_bias", ascending=False).head(10)),
+        "collapsed": ours.runs[ours.runs["collapsed"]],
+        "edge": cells[cells["lr_at_grid_edge"].eq(True)],
+        "edge_of": cells["lr_at_grid_edge"].count(),
+        "bias": cells.sort_values("selection_bias", ascending=False).head(10),
         "mean_bias": cells["selection_bias"].mean(),
-        "apart": cell_rows(apart.head(10)),
-        "mean_apart": apart["difference"].mean(),
-        "mean_distance": apart["difference"].abs().mean(),
-        "compared": len(apart),
-        "spread": cell_rows(cells.dropna(subset="f1_std").sort_values("f1_std", ascending=False).head(10)),
-        "no_table": cell_rows(ours.cells[ours.cells["table"].isna()]),
+        "apart": cells.dropna(subset="difference").sort_values("difference", key=abs, ascending=False),
+        "spread": cells.dropna(subset="f1_std").sort_values("f1_std", ascending=False).head(10),
+        "no_table": ours.cells[ours.cells["table"].isna()],
         "resumed": [run for run, result in ours.results.items() if result.get("resumed_from")],
-        "failures": ours.failures,
-        "left_out": ours.left_out,
     }
-
-
-def cell_rows(cells: pd.DataFrame) -> list[dict]:
-    return [
-        {**cell, "label": plots.describe_cell(cell), "runs": cell["runs"].split()} for cell in cells.to_dict("records")
-    ]
 
 
 def provenance(ours: ResultSet) -> dict:
@@ -304,6 +245,7 @@ def provenance(ours: ResultSet) -> dict:
             "revision": (result.get("model", {}).get("revision") or "")[:8],
             "dataset": result["settings"]["dataset"],
             "data_fingerprint": result["settings"]["data_fingerprint"][:8],
+            "rows": ", ".join(f"{split} {rows}" for split, rows in result.get("data", {}).get("rows", {}).items()),
             "hours": result["seconds"]["total"] / 3600,
             "device": f"{result['device']['name']} ({result['device'].get('type', 'unknown')})",
             "threads": result["device"].get("threads"),
@@ -313,22 +255,15 @@ def provenance(ours: ResultSet) -> dict:
         }
         for result in ours.results.values()
     )
-    rows = {
-        result["settings"]["data_fingerprint"][:8]: result.get("data", {}).get("rows", {})
-        for result in ours.results.values()
+    tables = {
+        "Machines, versions, code": ["device", "threads", "python", "torch", "transformers", "commit"],
+        "Models": ["model", "model_fingerprint", "revision"],
+        "Data sets": ["dataset", "data_fingerprint", "rows"],
     }
-
-    def counted(*by: str) -> list[dict]:
-        groups = results.groupby([*by], dropna=False)
-        return groups.agg(runs=("hours", "size"), hours=("hours", "sum")).reset_index().to_dict("records")
-
-    values = count_settings(ours)
+    counted = {"runs": ("hours", "size"), "hours": ("hours", "sum")}
     return {
-        "models": counted("model", "model_fingerprint", "revision"),
-        "datasets": [{**of, "rows": rows[of["data_fingerprint"]]} for of in counted("dataset", "data_fingerprint")],
-        "machines": counted("device", "threads", "python", "torch", "transformers", "commit"),
-        "same": {name: next(iter(counts)) for name, counts in values.items() if len(counts) == 1},
-        "varying": {name: counts for name, counts in values.items() if len(counts) > 1},
+        "tables": {name: results.groupby(by, dropna=False).agg(**counted) for name, by in tables.items()},
+        "settings": count_settings(ours),
         "hours": results["hours"].sum(),
         "from": results["finished"].min()[:10],
         "until": results["finished"].max()[:10],
@@ -338,8 +273,8 @@ def provenance(ours: ResultSet) -> dict:
 def count_settings(ours: ResultSet) -> dict[str, dict[str, int]]:
     """The values of each setting, beside those of the cell, learning rate and seed, and how many runs have each."""
     settings = pd.DataFrame(with_neutral(result["settings"]) for result in ours.results.values())
-    settings = settings.drop(columns=OF_A_CELL).astype(object).map(json.dumps)
-    return {name: column.value_counts().to_dict() for name, column in settings.items()}
+    settings = settings.drop(columns=[*RUN, "frac", "model_fingerprint", "data_fingerprint"], errors="ignore")
+    return {name: column.value_counts().to_dict() for name, column in settings.astype(object).map(json.dumps).items()}
 
 
 def settings_apart(ours: ResultSet, theirs: ResultSet) -> list[dict]:
@@ -350,12 +285,6 @@ def settings_apart(ours: ResultSet, theirs: ResultSet) -> list[dict]:
 
 
 # ---- The page ----
-
-
-def render(**content: object) -> str:
-    loader = jinja2.FileSystemLoader(TEMPLATE.parent)
-    style = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    return jinja2.Environment(loader=loader, **style).get_template(TEMPLATE.name).render(**content)
 
 
 def write(output_dir: Path, compare_to: Path | None) -> Path:
@@ -379,31 +308,33 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
     folder = output_dir / f"figures{end}"
     folder.mkdir(exist_ok=True)
     shares = recovered_share(both)
-    page = render(
+    style = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), **style)
+    words = (plots.describe_model, plots.describe_corruption, plots.describe_cell, dataset_title)
+    page = environment.get_template(TEMPLATE.name).render(
+        {function.__name__: function for function in words},
         name=name,
         compare_to=compare_to,
-        tables=heat_maps(both, name),
-        captions={number: table.caption for number, table in TABLES.items()},
-        claims=claim_summary(both, reference, ours.pairs, name),
-        shares={(row["table"], row["percent"], row["side"]): row for row in shares.to_dict("records")},
-        degrees=sorted(set(zip(shares["percent"], shares["side"], strict=True))),
+        ours=ours,
+        both=both.fillna({"runs": ""}),
+        maps=heat_maps(both, name),
+        claims=claim_summary(both, reference),
+        shares=shares.set_index(["table", "percent", "side"]).to_dict("index"),
         headline=headline(shares, name),
         figures=plots.draw_all(both, ours.epochs, name, folder),
         folder=folder.name,
-        figures_1=figures_1(output_dir, set(ours.results)),
+        figures_1=figures_1(output_dir, dict(zip(ours.runs["run"], ours.runs["f1"], strict=True))),
         caveats=caveats(ours, both),
-        tips=cell_rows(both.assign(id=both.index, runs=both["runs"].fillna(""))),  # what a number tells
         provenance=provenance(ours),
-        runs=[{**run, "label": plots.describe_cell(run)} for run in ours.runs.to_dict("records")],
         best=set(" ".join(ours.cells["runs"]).split()),  # the runs that a cell's number is made of
         number_of={run: number for number, run in enumerate(ours.runs["run"], 1)},
-        command_of={run: result["command"] for run, result in ours.results.items()},
-        cells=int(both["f1"].notna().sum()),
-        models=[model_title(model) for model in in_order(both["model"], MODELS)],
-        datasets=[dataset_title(dataset) for dataset in in_order(both["dataset"], DATASETS)],
-        scale={"lost": LOST, "apart": APART},
-        how_often=HOW_OFTEN,
+        models=[model_title(model) for model in in_order(both["model"])],
+        datasets=[dataset_title(dataset) for dataset in in_order(both["dataset"])],
         apart=apart,
+        LOST=LOST,
+        APART=APART,
+        TABLES=TABLES,
+        HOW_OFTEN=HOW_OFTEN,
     )
     path = output_dir / f"report{end}.html"
     with atomic_write(path) as aside:

@@ -479,7 +479,7 @@ def test_files_and_an_empty_folder(
 def test_a_table_without_a_published_counterpart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    table = paper.Table("of the linear probe with the mean token", "mean", "probe", published=False)
+    table = paper.Table("of the linear probe with the mean token", "mean", "probe")
     monkeypatch.setitem(paper.TABLES, "10", table)
     for side, percent, f1 in (("none", 0, 90), ("bottom", 50, 80), ("top", 50, 85), ("all", 100, 70)):
         write_result(tmp_path, BASE, side, percent, "ag_news", f1, pooling="mean", tuning="probe")
