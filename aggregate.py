@@ -72,7 +72,7 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
         advice = f"{output_dir}/runs holds no result: run bash run_all.sh, or python train.py, first"
         raise InputError("\n".join([*problems, *failures, advice]))
     runs = pd.DataFrame(rows.values(), index=list(rows))
-    runs.insert(1, "variant", variants(settings))
+    runs.insert(1, "variant", variants(runs, settings))
     runs = runs.sort_values([*RUN, "run"], ignore_index=True)
     copies = runs.duplicated(RUN)
     problems += [f"{output_dir}/runs/{run} is left out: another has the same settings" for run in runs["run"][copies]]
@@ -95,17 +95,20 @@ def result_row(result: dict) -> dict:
     return row | {name: settings[name] for name in ("model_fingerprint", "data_fingerprint")}
 
 
-def with_neutral(settings: dict) -> dict:
-    """The settings in their order, then those that the result lacks, at the value that it was made with."""
-    return settings | {name: value for name, value in NEUTRAL_VALUES.items() if name not in settings}
+def other_settings(settings_of: dict[str, dict]) -> pd.DataFrame:
+    """Each run's settings as JSON, beside those of RUN; what its result lacks has the value that it was made with."""
+    rows = [
+        settings | {name: value for name, value in NEUTRAL_VALUES.items() if name not in settings}
+        for settings in settings_of.values()
+    ]
+    others = pd.DataFrame(rows, index=list(settings_of)).drop(columns=[*RUN, "frac"], errors="ignore").astype(object)
+    return others.where(others.notna(), None).map(lambda value: json.dumps(value, sort_keys=True))
 
 
-def variants(settings_of: dict[str, dict]) -> pd.Series:
+def variants(runs: pd.DataFrame, settings_of: dict[str, dict]) -> pd.Series:
     """What sets a run apart from others of its model, data set and table, beside its cell, learning rate and seed."""
-    settings = pd.DataFrame([with_neutral(settings) for settings in settings_of.values()], index=list(settings_of))
-    by = [settings[name] for name in ("model", "dataset", "pooling", "tuning")]
-    own = settings.drop(columns=[*RUN, "frac"], errors="ignore").astype(object)
-    own = own.where(own.notna(), None).map(lambda value: json.dumps(value, sort_keys=True).strip('"'))
+    by = [runs[name] for name in ("model", "dataset", "pooling", "tuning")]
+    own = other_settings(settings_of).map(lambda value: value.strip('"'))
     differs = own.groupby(by).transform("nunique") > 1
     texts = own.apply(lambda column: column.str[:8] if column.name.endswith("_fingerprint") else column)
     variant = [", ".join(f"{name}={texts.at[run, name]}" for name in own if differs.at[run, name]) for run in own.index]

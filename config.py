@@ -45,7 +45,8 @@ PROTOCOL = {
     "accelerator_config": {"use_seedable_sampler": False},  # our data order has a stream of its own
     "run_name": None,  # a run reports under its folder's name
     **dict.fromkeys(("eval_steps", "label_names", "parallelism_config", "resume_from_checkpoint"), None),
-    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed"), None),
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "hub_token"), None),
+    "debug": "",
     **dict.fromkeys(("eval_on_start", "eval_use_gather_object", "batch_eval_metrics", "logging_first_step"), False),
     **dict.fromkeys(("prediction_loss_only", "dataloader_drop_last", "auto_find_batch_size", "do_train"), False),
     **dict.fromkeys(("do_predict", "push_to_hub", "ignore_data_skip"), False),
@@ -70,18 +71,17 @@ AFFECTS = {
     **dict.fromkeys(("lr_scheduler_kwargs", "optim_args", "optim_target_modules", "tf32", "data_seed"), None),
     **dict.fromkeys(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), None),
     **dict.fromkeys(("torch_compile_backend", "torch_compile_mode", "liger_kernel_config"), None),
-    "neftune_noise_alpha": None,
+    **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing", "neftune_noise_alpha"), None),
     **dict.fromkeys(("fp16", "bf16_full_eval", "fp16_full_eval", "full_determinism", "use_cpu", "use_cache"), False),
-    **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing", "torch_compile"), False),
-    **dict.fromkeys(("use_liger_kernel", "dataloader_persistent_workers"), False),
+    **dict.fromkeys(("torch_compile", "use_liger_kernel", "dataloader_persistent_workers"), False),
 }
 NEUTRAL = frozenset(  # what cannot change a number
     re.findall(
         r"\w+",
         """dataloader_multiprocessing_context dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
         ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout
-        debug disable_tqdm do_eval enable_jit_checkpoint eval_accumulation_steps hub_always_push hub_model_id
-        hub_private_repo hub_revision hub_strategy hub_token include_num_input_tokens_seen local_rank log_level
+        disable_tqdm do_eval enable_jit_checkpoint eval_accumulation_steps hub_always_push hub_model_id
+        hub_private_repo hub_revision hub_strategy include_num_input_tokens_seen local_rank log_level
         log_level_replica log_on_each_node logging_steps project save_on_each_node save_steps skip_memory_metrics
         torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id""",
     )
@@ -182,8 +182,10 @@ class RunConfig:
         own = {name: getattr(self, name) for name in FIELDS}
         given = {name: v for name, v in own.items() if name in ("model", "dataset") or v != FIELDS[name].default}
         given = {"model": self.model, "dataset": self.dataset} | given | self.trainer
-        words = {dict: json.dumps, list: json.dumps, float: exact}
-        return [word for name, v in given.items() for word in (f"--{name}", words.get(type(v), str)(v))]
+        kinds = {dict: json.dumps, list: json.dumps, float: exact}
+        texts = {name: kinds.get(type(v), str)(v) for name, v in given.items()}
+        words = [[f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text] for name, text in texts.items()]
+        return [word for of_one in words for word in of_one]
 
 
 FIELDS = {f.name: f for f in fields(RunConfig) if f.name != "trainer"}

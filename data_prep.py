@@ -223,7 +223,7 @@ def prepare(
     target = Path(data_dir) / name
     if target.exists() and not (target / "manifest.json").is_file():
         raise InputError(f"{target} was not made by data_prep.py: give another --data_dir or move it away")
-    request = {"split_version": SPLIT_VERSION, "train_size": train_size, "test_size": test_size, "seed": seed}
+    request = {"split_version": split_version(name), "train_size": train_size, "test_size": test_size, "seed": seed}
     stored = find_manifest(name, data_dir)
     same = stored and stored["request"] == request
     hub = DATASETS[name].hub if name in DATASETS else None  # None: a user's own set
@@ -286,11 +286,16 @@ def summary(record: dict, data_dir: str | Path) -> str:
 # ---- What the later scripts read ----
 
 
+def split_version(name: str) -> str:
+    """The rules by which rows are split: the version of this code, and a digest of the set's own entry."""
+    return f"{SPLIT_VERSION}-{sha256(repr(DATASETS.get(name)).encode()).hexdigest()[:8]}"
+
+
 def find_manifest(name: str, data_dir: str | Path = "data") -> dict | None:
     """What was prepared: source, counts, request and fingerprint. None if nothing was, or by other rules than now."""
     try:
         record = json.loads((Path(data_dir) / name / "manifest.json").read_text())
-        return record if record["request"]["split_version"] == SPLIT_VERSION else None
+        return record if record["request"]["split_version"] == split_version(name) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -23,17 +23,7 @@ import numpy as np
 import pandas as pd
 
 import plots
-from aggregate import (
-    RUN,
-    claims_table,
-    count_missing,
-    format_cells,
-    groups,
-    in_order,
-    paper_table,
-    read_csv,
-    with_neutral,
-)
+from aggregate import claims_table, count_missing, format_cells, groups, in_order, other_settings, paper_table, read_csv
 from common import InputError, atomic_write, fail, make_parser, one_line
 from paper import CLAIMS, TABLES, dataset_title, model_title, published_cells
 
@@ -272,9 +262,9 @@ def provenance(ours: ResultSet) -> dict:
 
 def count_settings(ours: ResultSet) -> dict[str, dict[str, int]]:
     """The values of each setting, beside those of the cell, learning rate and seed, and how many runs have each."""
-    settings = pd.DataFrame(with_neutral(result["settings"]) for result in ours.results.values())
-    settings = settings.drop(columns=[*RUN, "frac", "model_fingerprint", "data_fingerprint"], errors="ignore")
-    return {name: column.value_counts().to_dict() for name, column in settings.astype(object).map(json.dumps).items()}
+    settings = other_settings({run: result["settings"] for run, result in ours.results.items()})
+    settings = settings.drop(columns=["model_fingerprint", "data_fingerprint"])
+    return {name: column.value_counts().to_dict() for name, column in settings.items()}
 
 
 def settings_apart(ours: ResultSet, theirs: ResultSet) -> list[dict]:
@@ -319,7 +309,7 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         both=both.fillna({"runs": ""}),
         maps=heat_maps(both, name),
         claims=claim_summary(both, reference),
-        shares=shares.set_index(["table", "percent", "side"]).to_dict("index"),
+        shares=shares,
         headline=headline(shares, name),
         figures=plots.draw_all(both, ours.epochs, name, folder),
         folder=folder.name,

@@ -141,9 +141,9 @@ def training_arguments(wanted: RunConfig, checkpoints: Path, name: str) -> Train
         values["report_to"] = "none"  # callbacks.reporters sees to it
     if in_worker():
         values["disable_tqdm"] = True
+    values |= wanted.trainer | {"output_dir": str(checkpoints), "run_name": name}
     if wanted.resume:
         values |= {"save_strategy": "epoch", "save_only_model": False}
-    values |= wanted.trainer | {"output_dir": str(checkpoints), "run_name": name}
     try:
         return TrainingArguments(**{field: value for field, value in values.items() if field in known})
     except Exception as error:  # they are of every kind
@@ -273,7 +273,7 @@ def run_training(run: Run) -> dict:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Exception as error:
             if should_reduce_batch_size(error):
-                raise RunError(out_of_memory(run, trainer.args)) from error
+                raise MemoryError(out_of_memory(run, trainer.args)) from error
             raise
 
         epochs = epoch_table(trainer.state.log_history)
@@ -338,11 +338,10 @@ def epoch_table(log: list[dict]) -> pd.DataFrame:
 
 def out_of_memory(run: Run, args: TrainingArguments) -> str:
     rows, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    return (
-        f"out of memory with {rows} rows of up to {run.config.max_length} tokens at a time: give "
-        f"--per_device_train_batch_size {max(1, rows // 2)} --gradient_accumulation_steps {2 * parts}, which together "
-        "train on the same batches, or do fewer runs at a time"
-    )
+    advice = "a smaller --max_length or --per_device_eval_batch_size, or do fewer runs at a time"
+    if rows % 2 == 0:
+        advice = f"--per_device_train_batch_size {rows // 2} --gradient_accumulation_steps {2 * parts}, or {advice}"
+    return f"out of memory with {rows} rows of up to {run.config.max_length} tokens at a time: give {advice}"
 
 
 def device_of(args: TrainingArguments) -> dict:

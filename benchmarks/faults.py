@@ -4,11 +4,12 @@
     python benchmarks/faults.py --part kills --kills 100
     python benchmarks/faults.py --part cluster               # with requirements-cluster.txt
 
-24 real but small runs of the embedded model. `kills` ends workers and the grid at random moments; `rivals` starts two
-grids on one output folder; `files` truncates what a grid reads; `disk` fills the disk (a small tmpfs, which needs
-`unshare`); `clock` puts the clock back and forth (libfaketime, in requirements-dev.txt); `cluster` kills a worker, a
-node and the driver of a Ray cluster of three nodes, with and without a shared folder. Prints what was done, what was
-lost and what was done again. Exit code 1 if a result is lost, done twice, or other than the undisturbed grid's.
+24 real but small runs of the embedded model. `kills` ends processes of runs, the server that forks them, and the grid
+at random moments; `rivals` starts two grids on one output folder; `files` truncates what a grid reads; `disk` fills the
+disk (a small tmpfs, which needs `unshare`); `clock` puts the clock back and forth (libfaketime, in
+requirements-dev.txt); `cluster` kills a worker, a node and the driver of a Ray cluster of three nodes, with and without
+a shared folder. Prints what was done, what was lost and what was done again. Exit code 1 if a result is lost, done
+twice, or other than the undisturbed grid's.
 """
 
 import argparse
@@ -33,7 +34,14 @@ ROOT = Path(__file__).parent.parent
 GRID = ["--preset", "demo", "--seed", "0", "1", "--max_length", "32"]
 RUNS = 24
 NUMBERS = ("epochs.csv", "predictions.csv.gz")
-KILLS = ("SIGKILL of a worker", "SIGKILL of the grid", "SIGTERM of the grid", "Ctrl-C", "SIGKILL of all at once")
+KILLS = (
+    "SIGKILL of a run",
+    "SIGKILL of the server",
+    "SIGKILL of the grid",
+    "SIGTERM of the grid",
+    "Ctrl-C",
+    "SIGKILL of all",
+)
 PRIVATE = ("unshare", "--mount", "--map-root-user", "sh", "-c")  # a shell that sees mounts of its own
 RAY = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid4().hex, "RAY_raylet_start_wait_time_s": "120"}
 
@@ -108,19 +116,19 @@ def at_work(output: Path) -> int:
     return held
 
 
-def workers_of(grid: psutil.Popen) -> list[psutil.Process]:
-    """The worker processes that are past their start."""
+def processes_of(grid: psutil.Popen) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """The server that forks the processes of the grid's runs, and those processes."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        children = [child for child in grid.children() if "loky" in " ".join(child.cmdline())]
-        return [child for child in children if child.cpu_times().user > 5]
-    return []
+        servers = [child for child in grid.children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+        return servers, [process for server in servers for process in server.children()]
+    return [], []
 
 
 # ---- What goes wrong ----
 
 
 def kills(bench: Bench, count: int) -> None:
-    """`count` kills of workers and grids at random moments; each grid is started again until it is whole."""
+    """`count` kills of runs, servers and grids at random moments; each grid is started again until it is whole."""
     done, number, lost, twice, cut_off, slowest = Counter(), 0, 0, 0, Counter(), Counter()
     while done.total() < count:
         output, seen = bench.folder / f"kills-{number}", {}
@@ -131,23 +139,29 @@ def kills(bench: Bench, count: int) -> None:
             moment = None
             while grid.poll() is None:
                 time.sleep(0.02)
-                workers = workers_of(grid)
-                moment = moment or (workers and time.monotonic() + random.uniform(0, 15))
-                if not workers or time.monotonic() < moment or done.total() == count:
+                servers, runs = processes_of(grid)
+                moment = moment or (runs and time.monotonic() + random.uniform(0, 15))
+                if not runs or time.monotonic() < moment or done.total() == count:
                     continue
                 kind, started = KILLS[done.total() % len(KILLS)], time.monotonic()
-                cut_off[kind] += 1 if "worker" in kind else at_work(output)
-                if "worker" in kind:
-                    random.choice(workers).kill()
-                elif "all" in kind or "Ctrl-C" in kind:
-                    os.killpg(grid.pid, signal.SIGINT if "Ctrl-C" in kind else signal.SIGKILL)
-                else:
-                    grid.send_signal(signal.SIGKILL if "SIGKILL" in kind else signal.SIGTERM)
+                held = at_work(output)
+                try:
+                    if kind == "SIGKILL of a run":
+                        random.choice(runs).kill()
+                    elif kind == "SIGKILL of the server":
+                        servers[0].kill()
+                    elif kind in ("Ctrl-C", "SIGKILL of all"):
+                        os.killpg(grid.pid, signal.SIGINT if kind == "Ctrl-C" else signal.SIGKILL)
+                    else:
+                        grid.send_signal(signal.SIGKILL if "SIGKILL" in kind else signal.SIGTERM)
+                except psutil.NoSuchProcess:  # it has just ended
+                    continue
+                cut_off[kind] += {"SIGKILL of a run": 1, "SIGKILL of the server": 0}.get(kind, held)
                 done[kind] += 1
                 moment = None
-                if "worker" not in kind:
+                if kind not in ("SIGKILL of a run", "SIGKILL of the server"):
                     grid.wait()
-                    psutil.wait_procs(workers)
+                    psutil.wait_procs([*servers, *runs])
                     slowest[kind] = max(slowest[kind], time.monotonic() - started)
                     polite = kind in ("Ctrl-C", "SIGTERM of the grid")
                     if polite and (grid.returncode != 130 or "the same command goes on" not in bench.said(output)):
@@ -159,7 +173,7 @@ def kills(bench: Bench, count: int) -> None:
             twice += sum(now[run] != came for run, came in seen.items() if run in now)
             seen = now
         again = bench.said(output).count("again: ")
-        bench.found(f"{done.total()} kills so far", output, **{"worker's runs done again": again})
+        bench.found(f"{done.total()} kills so far", output, **{"runs done again": again})
     for kind in KILLS:
         row = {"fault": kind, "injected": done[kind], "runs cut off": cut_off[kind]}
         bench.rows.append(row | {"seconds to end, at most": round(slowest[kind], 1)})
@@ -264,7 +278,7 @@ def end(process: psutil.Popen) -> None:
 
 
 def ray_workers() -> list[psutil.Process]:
-    return [each for each in psutil.process_iter() if each.name().startswith("ray::on_node")]
+    return [each for each in psutil.process_iter() if each.name().startswith("ray::run_on_node")]
 
 
 def until_done(output: Path, count: int) -> None:

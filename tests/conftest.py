@@ -1,5 +1,8 @@
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads of a tiny model wait for each other on a busy machine
 
 import pytest
 import torch

@@ -131,7 +131,7 @@ def test_a_result_that_lacks_a_field(run: Run, capsys: pytest.CaptureFixture) ->
     assert not is_valid({name: value for name, value in run.settings.items() if name != "model_fingerprint"})
 
 
-# The command that a run prints does the same run, whatever its fields; what is at its default is left out.
+# The command that a run prints does the same run, whatever its fields; what is at its default is left out, but for the cell.
 def test_flags_give_the_same_run() -> None:
     every = {name: other(name) for name in FIELDS if name != "tuning"}
     trainer = {name: other(name) for name in AFFECTS if name != "liger_kernel_config"}  # not to be had as a flag
@@ -142,8 +142,9 @@ def test_flags_give_the_same_run() -> None:
     ):
         assert parse(wanted.flags()) == wanted
     flags = shlex.join(wanted.flags())
-    assert flags == "--corrupt bottom --frac 1/3 --tuning probe --learning_rate 1.0000001e-05"
-    assert RunConfig().flags() == []
+    cell = "--model bert-base-uncased --dataset sst2 "
+    assert flags == f"{cell}--corrupt bottom --frac 1/3 --tuning probe --learning_rate 1.0000001e-05"
+    assert shlex.join(RunConfig().flags()) == cell.strip()
     assert parse(["--max-length=32", "--fp16"]) == RunConfig(max_length=32, trainer={"fp16": True})
 
 

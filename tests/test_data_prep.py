@@ -2,6 +2,7 @@
 
 import importlib.resources
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -286,15 +287,22 @@ def test_prepared_sets_are_kept_and_checked(tmp_path: Path) -> None:
     data["test"] = data["test"].select(range(9))
     data.save_to_disk(tmp_path / "changed")
     (tmp_path / "changed" / "manifest.json").write_text(manifest)
+    shutil.rmtree(tmp_path / "bbc_news")
+    (tmp_path / "changed").rename(tmp_path / "bbc_news")
     with pytest.raises(InputError, match="was changed after it was prepared"):
-        data_prep.load("changed", tmp_path)
+        data_prep.load("bbc_news", tmp_path)
 
 
-# A set of other rules than today's does not count as prepared, and is prepared anew.
-def test_split_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# A set of other rules than today's, or whose entry has changed, does not count as prepared, and is prepared anew.
+@pytest.mark.parametrize("change", ["rules", "entry"])
+def test_split_version(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"train_size": 20, "test_size": 10, "data_dir": tmp_path}
     data_prep.prepare("bbc_news", **sizes)
-    monkeypatch.setattr(data_prep, "SPLIT_VERSION", 1_000)
+    if change == "rules":
+        monkeypatch.setattr(data_prep, "SPLIT_VERSION", 1_000)
+    else:
+        spec = replace(data_prep.DATASETS["bbc_news"], train_size=100)
+        monkeypatch.setitem(data_prep.DATASETS, "bbc_news", spec)
     assert data_prep.up_to_date("bbc_news", tmp_path) is data_prep.fingerprint_of("bbc_news", tmp_path) is None
     with pytest.raises(InputError, match="not prepared"):
         data_prep.manifest("bbc_news", tmp_path)
