@@ -160,7 +160,7 @@ def format_cells(cells: pd.DataFrame, bold: str = "{}", red: str = "{}", std: st
     lowest = number.groupby([cells[name] for name in ("model", "variant", "percent", "dataset")]).transform("min")
     texts = texts.mask(cells["collapsed"].eq(True), texts.map(red.format))
     texts = texts.mask(number > lowest, texts.map(bold.format))
-    texts += cells["f1_std"].map(std.format, na_action="ignore").fillna("")
+    texts += cells["f1_std"].map(std.format).where(cells["f1_std"].notna(), "")
     return texts.where(cells["f1"].notna(), "")
 
 

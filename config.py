@@ -1,18 +1,16 @@
 """What a run is: its flags, the settings that its numbers depend on, its name and its folder.
 
-`RunConfig` is what a user asks for. `resolve_run` finds the model and the rows, and gives a `Run`: the settings with
-their fingerprints, and where the result goes. Torch is imported only by those functions that need it, so that
-aggregate.py can name and check runs without it.
+`RunConfig` is what a user asks for; resolve.py makes a `Run` of it: the settings with their fingerprints, and where the
+result goes. Needs no torch, so that aggregate.py can name and check runs without it.
 """
 
 import argparse
 import json
 import math
 import re
-import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import cached_property
 from hashlib import sha256
@@ -283,38 +281,6 @@ class Run:
     @property
     def tensorboard(self) -> Path:
         return Path(self.config.output_dir) / "tensorboard" / self.name
-
-
-def resolve_run(config: RunConfig, prepare: bool = True) -> Run | None:
-    """Find the model and the rows, and say all that the numbers depend on.
-
-    A data set that is missing is prepared first, and that is said; with `prepare` false the answer is then None. Raises
-    InputError. Writes nothing else. Costs a millisecond for a model and rows that were found before.
-    """
-    import corrupt  # here, and not at the top: aggregate.py reads results without torch
-    import data_prep
-
-    folder, revision = corrupt.find_model(config.model)
-    layers = corrupt.load_config(folder).num_hidden_layers
-    side, frac, _ = corrupt.select_layers(config.corrupt, config.frac, layers)
-    data = (data_prep.ensure_prepared if prepare else data_prep.up_to_date)(config.dataset, config.data_dir)
-    if data is None:
-        return None
-    name = folder.resolve().name if Path(config.model).is_dir() else paper.model_name(config.model)
-    settings = {
-        "results_version": RESULTS_VERSION,
-        "model": name,
-        "model_fingerprint": corrupt.model_fingerprint(folder),
-        "side": side,
-        "frac": str(frac),
-        "percent": float(100 * frac),
-        "dataset": data["dataset"],
-        "data_fingerprint": data["fingerprint"],
-    }
-    chosen = {name: getattr(config, name) for name in NEUTRAL_VALUES if name in FIELDS}
-    settings |= NEUTRAL_VALUES | chosen | {k: v for k, v in config.trainer.items() if k in AFFECTS}
-    command = shlex.join(["python", "train.py", *config.flags()])
-    return Run(replace(config, dataset=data["dataset"]), command, folder, revision, data, settings)
 
 
 def exact(number: float) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 
-import corrupt
 import data_prep
+import models
 import paper
 import unpad
 from config import RunConfig
@@ -29,7 +29,7 @@ def shape_of(model: str) -> PreTrainedConfig:
     known = paper.MODELS.get(paper.model_name(model))
     if known and known.shape:
         return AutoConfig.for_model(**known.shape)
-    return corrupt.load_config(corrupt.find_model(model)[0])
+    return models.load_config(models.find_model(model)[0])
 
 
 def encoder_weights(model: str) -> int:
@@ -63,7 +63,7 @@ def count_tokens(dataset: str, data_dir: str, max_length: int) -> tuple[int, int
     at most: `max_length` for each row."""
     if not (prepared := data_prep.up_to_date(dataset, data_dir)):
         return tuple(count * max_length for count in count_rows(dataset, data_dir))
-    tokenizer, counts = corrupt.load_tokenizer(corrupt.find_model("minilm")[0]), []
+    tokenizer, counts = models.load_tokenizer(models.find_model("minilm")[0]), []
     for part in data_prep.load(prepared["dataset"], data_dir).values():
         texts = [list(part[column]) for column in part.column_names if column != "label"]
         counts.append(sum(min(len(ids), max_length) for ids in tokenizer(*texts, verbose=False)["input_ids"]))

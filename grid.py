@@ -82,6 +82,7 @@ import cost
 import data_prep
 import executors
 import progress
+import resolve
 import run_dir
 from config import Run, RunConfig
 
@@ -145,7 +146,7 @@ def worker_layout(runs: list[RunConfig], jobs: int | None, runs_per_gpu: int | N
 
 def find_run(wanted: RunConfig) -> Run | None:
     """The run, if its result is there; never prepares a data set, without which there is no result."""
-    run = config.resolve_run(wanted, prepare=False)
+    run = resolve.resolve_run(wanted, prepare=False)
     return run if run and run_dir.load_valid_result(run, digests=False) else None
 
 
@@ -188,7 +189,7 @@ def find_missing(runs: list[RunConfig]) -> tuple[list[Run], list[str], int]:
 
                 train.check(wanted)
                 try:
-                    run = config.resolve_run(wanted)
+                    run = resolve.resolve_run(wanted)
                 except InputError as error:
                     lost[wanted.dataset] = error
                     raise

@@ -148,7 +148,7 @@ def headline(shares: pd.DataFrame, name: str) -> str:
     if rows["reference"].notna().all():
         theirs = ", ".join(f"{rows.at[side, 'reference']:.0f} %" for side in words if side in rows.index)
         sentence += f"; in {name} {theirs}"
-    over = f"over {columns} column{'s' * (columns > 1)} of model and data set"
+    over = f"over {columns} column{'s' if columns > 1 else ''} of model and data set"
     return f"{sentence} (Table {table}, averaged {over})."
 
 

@@ -49,7 +49,9 @@ import callbacks
 import corrupt
 import data_prep
 import features
+import models
 import paper
+import resolve
 import run_dir
 import unpad
 from common import USER_ERRORS, InputError, RunError, fail, in_worker, one_line
@@ -164,7 +166,7 @@ class PreparedRun(NamedTuple):
 def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
     """Tokenise, load, corrupt, and make the Trainer."""
     wanted, args = run.config, training_arguments(run.config, run.work_dir / "checkpoints", run.name)
-    tokenizer = corrupt.load_tokenizer(run.model_folder)
+    tokenizer = models.load_tokenizer(run.model_folder)
     names = ("results_version", "data_fingerprint", "model_fingerprint", "max_length")
     key = {name: run.settings[name] for name in names} | {p: version(p) for p in ("transformers", "tokenizers")}
     folder = Path(wanted.data_dir) / "tokens" / f"{wanted.dataset}-{features.key_of(key)}"
@@ -221,7 +223,7 @@ def check(wanted: RunConfig) -> None:
     if wanted.tuning not in TUNINGS:
         raise InputError(f"--tuning {wanted.tuning} is not known: choose from {', '.join(TUNINGS)}")
     training_arguments(wanted, Path(), "")
-    folder, _ = corrupt.find_model(wanted.model)
+    folder, _ = models.find_model(wanted.model)
     corrupt.check_corruptible(folder, wanted.corrupt, wanted.frac, wanted.method)
     longest = longest_input(folder)
     if not 8 <= wanted.max_length <= longest:
@@ -231,8 +233,8 @@ def check(wanted: RunConfig) -> None:
 @lru_cache
 def longest_input(folder: Path) -> int:
     """In tokens."""
-    positions = getattr(corrupt.load_config(folder), "max_position_embeddings", sys.maxsize)
-    return min(positions, corrupt.load_tokenizer(folder).model_max_length)
+    positions = getattr(models.load_config(folder), "max_position_embeddings", sys.maxsize)
+    return min(positions, models.load_tokenizer(folder).model_max_length)
 
 
 def run_training(run: Run) -> dict:
@@ -390,7 +392,7 @@ def run_in_worker(run: Run, wait: bool) -> tuple[str, str]:
     """Do a run of the grid: "done", "failed", or "busy" if another process does it and `wait` is false; and a line."""
     silence_libraries()
     try:
-        found = config.resolve_run(run.config, prepare=False)
+        found = resolve.resolve_run(run.config, prepare=False)
         differ = [name for name, value in run.settings.items() if found is None or found.settings[name] != value]
         if differ:
             raise RunError(f"{', '.join(differ)} differ from what they were when the grid began: start it again")
@@ -439,7 +441,7 @@ def main() -> None:
             raise InputError("a run is one process: leave out accelerate launch (grid.py --runs_per_gpu fills GPUs)")
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # one GPU a run
         check(wanted)
-        run = config.resolve_run(wanted)
+        run = resolve.resolve_run(wanted)
         try:
             result, reused = run_or_reuse(run, wait=False)
         except Timeout:

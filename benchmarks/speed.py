@@ -40,6 +40,7 @@ import config
 import cost
 import data_prep
 import executors
+import resolve
 import run_dir
 import train
 import unpad
@@ -99,7 +100,7 @@ def peak() -> float:
 def prepare(data: Path | str, **changes: object) -> train.PreparedRun:
     """A run that is ready to train and neither evaluates nor saves."""
     with tempfile.TemporaryDirectory() as folder:
-        run = config.resolve_run(replace(BASE, data_dir=str(data), output_dir=folder, **changes))
+        run = resolve.resolve_run(replace(BASE, data_dir=str(data), output_dir=folder, **changes))
         prepared = train.prepare_run(run, data_prep.load("rotten_tomatoes", data))
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         setattr(prepared.trainer.args, name, "no")
@@ -239,11 +240,11 @@ def runs(data: Path, rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(pool_of(1, torch.get_num_threads())) as pool:
         half = replace(BASE, data_dir=str(data), max_steps=1, corrupt="bottom", frac=Fraction(1, 2))
         for seed in tqdm(range(rounds + 1), desc="runs"):
-            run = config.resolve_run(replace(half, seed=seed, output_dir=f"{folder}/forked"))
+            run = resolve.resolve_run(replace(half, seed=seed, output_dir=f"{folder}/forked"))
             started = time.perf_counter()
             list(pool.run_all([run]))
             forked.append(fixed(run, time.perf_counter() - started))
-            run = config.resolve_run(replace(half, seed=seed, output_dir=f"{folder}/new"))
+            run = resolve.resolve_run(replace(half, seed=seed, output_dir=f"{folder}/new"))
             started = time.perf_counter()
             subprocess.run([sys.executable, "train.py", *run.config.flags()], cwd=ROOT, check=True, capture_output=True)
             new.append(fixed(run, time.perf_counter() - started))
@@ -267,7 +268,7 @@ def probe(data: Path, rounds: int) -> dict:
             for rate in tqdm((1e-5, 2e-5, 5e-5), desc=f"probe, {way}"):
                 wanted = replace(BASE, data_dir=folder, output_dir=f"{folder}/{way}", learning_rate=rate, **changes)
                 rows = data_prep.load("rotten_tomatoes", folder)
-                trainer = train.prepare_run(config.resolve_run(wanted), rows).trainer
+                trainer = train.prepare_run(resolve.resolve_run(wanted), rows).trainer
                 if way == "plain":
                     freeze(trainer.model)
                 with contextlib.redirect_stdout(None):
@@ -297,11 +298,11 @@ def side_by_side(data: Path, rounds: int) -> dict:
                 name = str(executors.WorkerLayout(*layout))
                 wanted = [replace(one_epoch, seed=s, output_dir=f"{folder}/{name}-{turn}") for s in range(2 * cores)]
                 with contextlib.closing(pool_of(*layout)) as pool:
-                    warm = config.resolve_run(
+                    warm = resolve.resolve_run(
                         replace(one_epoch, max_steps=1, output_dir=f"{folder}/warm-{name}-{turn}")
                     )
                     list(pool.run_all([warm]))
-                    todo = [config.resolve_run(run) for run in wanted]
+                    todo = [resolve.resolve_run(run) for run in wanted]
                     started = time.perf_counter()
                     outcomes = list(pool.run_all(todo))
                     times[name].append(time.perf_counter() - started)

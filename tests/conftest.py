@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import config
-import corrupt
 import data_prep
+import models
+import resolve
 import train
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -36,7 +37,7 @@ def random_model(architecture: str, folder: Path, **changes: object) -> Path:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(corrupt.find_model("minilm")[0])
+    tokenizer = AutoTokenizer.from_pretrained(models.find_model("minilm")[0])
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     if architecture in ("bert", "electra"):
         tokenizer.model_input_names.insert(1, "token_type_ids")
@@ -58,7 +59,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(corrupt.find_model("minilm")[0]).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(models.find_model("minilm")[0]).save_pretrained(folder)
     return folder
 
 
@@ -81,4 +82,4 @@ def flags(tiny_bert: Path, small_data: Path, tmp_path: Path) -> list[str]:
 
 def run_of(flags: list[str]) -> config.Run:
     """The run that the flags of train.py ask for."""
-    return config.resolve_run(config.RunConfig(**config.parse_flags(config.run_parser(train.__doc__), flags)))
+    return resolve.resolve_run(config.RunConfig(**config.parse_flags(config.run_parser(train.__doc__), flags)))

@@ -14,7 +14,8 @@ from conftest import run_of
 from transformers import TrainingArguments
 
 import config
-import corrupt
+import models
+import resolve
 import run_dir
 import train
 from common import InputError
@@ -84,7 +85,7 @@ def test_neutral_values_are_the_librarys_defaults() -> None:
 # What affects results is in the settings and, if it is another, in the name; what does not is in neither.
 @pytest.mark.parametrize("name", [*FIELDS, *AFFECTS])
 def test_the_name_has_what_affects_results(name: str, run: Run) -> None:
-    changed = config.resolve_run(with_other(run.config, name))
+    changed = resolve.resolve_run(with_other(run.config, name))
     if name in AFFECTS or FIELDS[name].metadata["affects"]:
         assert changed.name != run.name and changed.settings != run.settings
         assert name in FOUND or (run.settings[name], changed.settings[name]) == (NEUTRAL_VALUES[name], other(name))
@@ -94,7 +95,7 @@ def test_the_name_has_what_affects_results(name: str, run: Run) -> None:
 
 def test_the_name_lacks_what_is_neutral(run: Run) -> None:
     for name in NEUTRAL | PROTOCOL.keys():
-        settings = config.resolve_run(replace(run.config, trainer={name: PROTOCOL.get(name, "other")})).settings
+        settings = resolve.resolve_run(replace(run.config, trainer={name: PROTOCOL.get(name, "other")})).settings
         assert settings == run.settings, name
 
 
@@ -131,7 +132,7 @@ def test_a_result_that_lacks_a_field(run: Run, capsys: pytest.CaptureFixture) ->
     assert not is_valid({name: value for name, value in run.settings.items() if name != "model_fingerprint"})
 
 
-# The command that a run prints does the same run, whatever its fields; what is at its default is left out, but for the cell.
+# The command that a run prints does the same run, whatever its fields; other fields at their default are left out.
 def test_flags_give_the_same_run() -> None:
     every = {name: other(name) for name in FIELDS if name != "tuning"}
     trainer = {name: other(name) for name in AFFECTS if name != "liger_kernel_config"}  # not to be had as a flag
@@ -150,9 +151,9 @@ def test_flags_give_the_same_run() -> None:
 
 # Both hub names of one of the paper's models are one model; another's copy is not.
 def test_the_papers_models_have_one_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corrupt, "find_model", lambda name: (run.model_folder, "revision"))
+    monkeypatch.setattr(models, "find_model", lambda name: (run.model_folder, "revision"))
     names = ("bert-base-uncased", "google-bert/bert-base-uncased", "somebody/bert-base-uncased")
-    runs = [config.resolve_run(replace(run.config, model=name)) for name in names]
+    runs = [resolve.resolve_run(replace(run.config, model=name)) for name in names]
     assert [run.settings["model"] for run in runs] == [names[0], names[0], names[2]]
     assert runs[0].name == runs[1].name != runs[2].name and "google-bert/" in runs[1].command
 
@@ -160,14 +161,14 @@ def test_the_papers_models_have_one_name(run: Run, monkeypatch: pytest.MonkeyPat
 # Numbers that differ in their last digits are two; two ways to write one number are one.
 def test_numbers_in_names(run: Run) -> None:
     rates = (1e-3, 1.0000001e-3, float("1.00e-03"), 9.9e-4)
-    names = [config.resolve_run(replace(run.config, learning_rate=rate)).name for rate in rates]
+    names = [resolve.resolve_run(replace(run.config, learning_rate=rate)).name for rate in rates]
     assert names[0] == names[2] and len(set(names)) == 3 and "_lr0.001_" in names[0]
 
 
 # A name that a file system does not take is cut, and stays its own.
 def test_long_names(run: Run) -> None:
     config_of = {scale: {"lr_scheduler_kwargs": "x" * 300 + scale} for scale in "ab"}
-    first, second = (config.resolve_run(replace(run.config, trainer=trainer)).name for trainer in config_of.values())
+    first, second = (resolve.resolve_run(replace(run.config, trainer=trainer)).name for trainer in config_of.values())
     assert first != second and len(first) == len(second) == 200
 
 

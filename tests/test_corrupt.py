@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import corrupt
+import models
 from common import InputError
 
 # The sixteen parameters of a BERT layer, written down from the architecture's description.
@@ -55,7 +56,7 @@ def test_what_is_touched_in_a_two_layer_bert(tiny_bert: Path) -> None:
 
 # A uniform on [-b, b] with b = sqrt(6 / fan_in) has mean 0 and standard deviation b / sqrt(3).
 def test_bound_and_moments_of_the_draws() -> None:
-    model, manifest = corrupt.load_corrupted(corrupt.find_model("minilm")[0], "bottom", Fraction(1, 6), seed=3)
+    model, manifest = corrupt.load_corrupted(models.find_model("minilm")[0], "bottom", Fraction(1, 6), seed=3)
     drawn = [row for row in manifest["tensors"] if row["init"] == "kaiming_uniform"]
     fan_in = {"output.dense.weight": 1536, "attention.output.dense.weight": 384}
     for row in drawn:
@@ -79,7 +80,7 @@ def test_kaiming_a(tiny_bert: Path) -> None:
 
 # Bottom 1/3 is part of bottom 2/3 and of 100 %, with the same draws; the seed changes them.
 def test_corruption_is_nested() -> None:
-    folder, _ = corrupt.find_model("minilm")
+    folder, _ = models.find_model("minilm")
 
     def after(side: str, frac: Fraction, seed: int = 0) -> dict[str, str]:
         rows = corrupt.load_corrupted(folder, side, frac, seed)[1]["tensors"]

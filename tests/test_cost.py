@@ -11,6 +11,7 @@ from transformers import BertConfig
 import corrupt
 import cost
 import data_prep
+import models
 from config import RunConfig
 
 WEIGHTS = 6 * (12 * 384**2 + 13 * 384)  # of minilm's layers
@@ -27,7 +28,7 @@ def rte(tmp_path: Path) -> RunConfig:
 def test_weights(model: str, expected: int) -> None:
     assert cost.encoder_weights(model) == expected
     if model == "minilm":
-        loaded, _ = corrupt.load_corrupted(corrupt.find_model(model)[0], "none", None, seed=0)
+        loaded, _ = corrupt.load_corrupted(models.find_model(model)[0], "none", None, seed=0)
         assert expected == sum(weight.numel() for weight in corrupt.encoder_layers(loaded).parameters())
 
 
@@ -43,7 +44,7 @@ def test_passes(rte: RunConfig) -> None:
 
 # Of a prepared set the tokens are those that the tokenizer makes of each text, at most 16; no warnings.
 def test_tokens(small_data: Path, capfd: pytest.CaptureFixture) -> None:
-    tokenizer = corrupt.load_tokenizer(corrupt.find_model("minilm")[0])
+    tokenizer = models.load_tokenizer(models.find_model("minilm")[0])
     data = data_prep.load("rotten_tomatoes", small_data)
     by_text = [sum(min(len(tokenizer(text).input_ids), 16) for text in part["text"]) for part in data.values()]
     assert cost.count_tokens("rotten_tomatoes", str(small_data), 16) == tuple(by_text)

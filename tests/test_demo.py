@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from conftest import run_of
 
-import config
 import data_prep
 import grid
 import paper
+import resolve
 import train
 
 ROOT = Path(train.__file__).parent
@@ -50,7 +50,7 @@ def test_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
     # something stands where one run's folder should be: that run fails, the eleven others are done
     shared = {"data_dir": data, "output_dir": str(outputs), "max_steps": 1}
-    blocked = config.resolve_run(grid.expand(paper.PRESETS["demo"], {}, shared)[1]).folder
+    blocked = resolve.resolve_run(grid.expand(paper.PRESETS["demo"], {}, shared)[1]).folder
     blocked.parent.mkdir(parents=True)
     blocked.write_text("")
     done = script("grid.py", *flags)

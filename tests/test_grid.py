@@ -144,7 +144,7 @@ def test_a_model_that_is_not_there(
 ) -> None:
     asked = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(grid.cost.corrupt.HfApi, "model_info", lambda *_, **__: asked.append(1) or 1 / 0)
+    monkeypatch.setattr(grid.cost.models.HfApi, "model_info", lambda *_, **__: asked.append(1) or 1 / 0)
     flags = ["--preset", "table1", "--model", "no-such/model", "--dataset", "rte", "--frac", "0"]
     monkeypatch.setattr(grid.cost, "shape_of", lambda model: BertConfig())
     monkeypatch.setattr("sys.argv", ["grid.py", *flags, "--output_dir", str(tmp_path), "--data_dir", str(tmp_path)])

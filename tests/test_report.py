@@ -23,6 +23,7 @@ import grid
 import paper
 import plots
 import report
+import resolve
 import train
 
 BASE, LARGE = "bert-base-uncased", "bert-large-uncased"
@@ -54,7 +55,7 @@ def one_run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, small_dat
     output_dir = tmp_path_factory.mktemp("one") / "outputs"
     wanted = {"model": str(tiny_bert), "dataset": "bbc_news", "data_dir": str(small_data), "max_steps": 2}
     run = config.RunConfig(**wanted, output_dir=str(output_dir), trainer={"disable_tqdm": True})
-    train.run_or_reuse(config.resolve_run(run))
+    train.run_or_reuse(resolve.resolve_run(run))
     with pytest.MonkeyPatch.context() as monkeypatch:
         for module in (aggregate, report):
             run_script(module, monkeypatch, "--output_dir", output_dir)

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 import config
 import corrupt
 import data_prep
+import models
 import run_dir
 import train
 from common import InputError, RunError
@@ -318,14 +319,14 @@ def test_accumulated_parts_equal_the_whole_batch(flags: list[str], small_data: P
 
 # A hub that takes the connection and never answers, and an empty cache: one line, well before the library gives up.
 def test_a_silent_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    ask, timeouts = corrupt.HfApi.model_info, []
+    ask, timeouts = models.HfApi.model_info, []
 
     def model_info(hub: object, name: str, timeout: float) -> None:
         timeouts.append(timeout)
         ask(hub, name, timeout=timeout)
 
-    monkeypatch.setattr(corrupt.HfApi, "model_info", model_info)
-    corrupt.download_model.cache_clear()
+    monkeypatch.setattr(models.HfApi, "model_info", model_info)
+    models.download_model.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")

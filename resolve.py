@@ -1,0 +1,43 @@
+"""From what a user asks for to a run: find the model and the rows, and say all that the numbers depend on.
+
+Used by train.py and grid.py.
+"""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import corrupt
+import data_prep
+import models
+import paper
+from config import AFFECTS, FIELDS, NEUTRAL_VALUES, RESULTS_VERSION, Run, RunConfig
+
+
+def resolve_run(config: RunConfig, prepare: bool = True) -> Run | None:
+    """Find the model and the rows, and say all that the numbers depend on.
+
+    A data set that is missing is prepared first, and that is said; with `prepare` false the answer is then None. Raises
+    InputError. Writes nothing else. Costs a millisecond for a model and rows that were found before.
+    """
+    folder, revision = models.find_model(config.model)
+    layers = models.load_config(folder).num_hidden_layers
+    side, frac, _ = corrupt.select_layers(config.corrupt, config.frac, layers)
+    data = (data_prep.ensure_prepared if prepare else data_prep.up_to_date)(config.dataset, config.data_dir)
+    if data is None:
+        return None
+    name = folder.resolve().name if Path(config.model).is_dir() else paper.model_name(config.model)
+    settings = {
+        "results_version": RESULTS_VERSION,
+        "model": name,
+        "model_fingerprint": models.model_fingerprint(folder),
+        "side": side,
+        "frac": str(frac),
+        "percent": float(100 * frac),
+        "dataset": data["dataset"],
+        "data_fingerprint": data["fingerprint"],
+    }
+    chosen = {name: getattr(config, name) for name in NEUTRAL_VALUES if name in FIELDS}
+    settings |= NEUTRAL_VALUES | chosen | {k: v for k, v in config.trainer.items() if k in AFFECTS}
+    command = shlex.join(["python", "train.py", *config.flags()])
+    return Run(replace(config, dataset=data["dataset"]), command, folder, revision, data, settings)
