@@ -17,13 +17,14 @@ nothing to make a table of.
 import json
 import sys
 import zlib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from fractions import Fraction
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
+from pandas.api.typing import DataFrameGroupBy
 
 import stats
 from common import InputError, atomic_write, make_parser, one_line, sha256_of
@@ -35,11 +36,8 @@ RUN = [*CELL, "learning_rate", "seed"]
 ACROSS = r"(0|100)%"  # the corruption in rows that have one number for bottom and top
 PLACE = ["table", "model", "percent", "side", "dataset"]  # a cell of a paper table
 KNOWN = {"table": TABLES, "model": MODELS, "dataset": DATASETS}  # columns that have an order in paper.py
+warn = partial(print, file=sys.stderr)
 UNREADABLE = (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError)
-
-
-def warn(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], list[str], list[str]]:
@@ -144,22 +142,22 @@ def in_order(names: pd.Series) -> list[str]:
     return sorted(set(names), key=lambda name: ([*known, name].index(name), name))
 
 
-def groups(frame: pd.DataFrame, *by: str) -> Iterator[tuple[tuple, pd.DataFrame]]:
-    """The frame's groups as of groupby, but in the order of paper.py."""
+def groups(frame: pd.DataFrame, *by: str) -> DataFrameGroupBy:
+    """As groupby, but in the order of paper.py."""
     ordered = frame.sort_values([*by], key=lambda names: names.map(in_order(names).index), kind="stable")
-    yield from ordered.groupby([*by], sort=False)
+    return ordered.groupby([*by], sort=False)
 
 
-def format_cells(cells: pd.DataFrame, bold: str = "{}", red: str = "{}", std: str = " ± {:.2f}") -> pd.Series:
+def format_cells(cells: pd.DataFrame, bold="{}", red="{}", std=" ± {:.2f}", number="{:.2f}") -> pd.Series:
     """One table's cells as text: the higher of bottom and top in bold, collapsed ones in red, the deviation over seeds.
 
     A cell that was not run is empty, and so is the deviation where there is one seed.
     """
-    texts = cells["f1"].map("{:.2f}".format)
-    number = texts.astype(float)
-    lowest = number.groupby([cells[name] for name in ("model", "variant", "percent", "dataset")]).transform("min")
+    texts = cells["f1"].map(number.format)
+    f1 = texts.astype(float)
+    lowest = f1.groupby([cells[name] for name in ("model", "variant", "percent", "dataset")]).transform("min")
     texts = texts.mask(cells["collapsed"].eq(True), texts.map(red.format))
-    texts = texts.mask(number > lowest, texts.map(bold.format))
+    texts = texts.mask(f1 > lowest, texts.map(bold.format))
     texts += cells["f1_std"].map(std.format).where(cells["f1_std"].notna(), "")
     return texts.where(cells["f1"].notna(), "")
 

@@ -27,11 +27,6 @@ from aggregate import claims_table, count_missing, format_cells, groups, in_orde
 from common import InputError, atomic_write, fail, make_parser, one_line
 from paper import CLAIMS, TABLES, dataset_title, model_title, published_cells
 
-LOST, APART = 25, 10  # F1 points where a heat map's colour is full: against the uncorrupted model, against the paper
-# The share of comparisons, at least, for which a word stands; the page lists those between the first and «seldom».
-HOW_OFTEN = ((1, "always"), (0.9, "nearly always"), (0.65, "mostly"), (0.35, "about half of the time"))
-HOW_OFTEN += ((1e-9, "seldom"), (0, "never"))
-TUNINGS = {"full": "Fine-tuning", "probe": "A linear probe"}  # others go by their own name
 COLUMNS = ["table", "model", "variant", "dataset"]  # a column of a table, for one model
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -103,17 +98,6 @@ def join_reference(ours: pd.DataFrame, reference: pd.DataFrame, by_variant: bool
     return both
 
 
-def claim_summary(both: pd.DataFrame, reference: pd.DataFrame) -> list[dict]:
-    """For each claim: how many comparisons hold it, table by table and in all, in the tables that ours has."""
-    ours = both.dropna(subset="f1")
-    counts = claims_table(ours, reference)
-    by_claim = counts[counts["table"].isin(ours["table"])].groupby("claim")
-    return [
-        {"sentence": claim.sentence, "needs": claim.needs, "tables": of_claim, **of_claim.sum(numeric_only=True)}
-        for claim, (_, of_claim) in zip(CLAIMS, by_claim, strict=True)
-    ]
-
-
 def recovered_share(both: pd.DataFrame) -> pd.DataFrame:
     """A row for each table, degree and side: the F1 in percent of the uncorrupted model's, averaged over table columns.
 
@@ -131,39 +115,23 @@ def recovered_share(both: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["table", "percent", "side", "columns", "ours", "reference"])
 
 
-def headline(shares: pd.DataFrame, name: str) -> str:
-    """The first table's degree nearest to one half, in a sentence; nothing if no column has both sides."""
+def headline(shares: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first table's degree nearest to one half, and of 100 %; none if no column has both sides."""
     of_table = shares[shares["table"].isin(shares["table"].head(1))]
-    percents = of_table.loc[of_table["side"] != "all", "percent"]
-    if percents.empty:
-        return ""
-    percent = min(percents, key=lambda percent: abs(percent - 50))
-    rows = of_table[of_table["percent"].isin([percent, 100])].set_index("side")
-    bottom = f"with the bottom {percent:g} % of its layers re-initialised"
-    words = {"bottom": bottom, "top": "with the top", "all": "with all"}
-    parts = [f"{rows.at[side, 'ours']:.0f} % {words[side]}" for side in words if side in rows.index]
-    table, columns = rows["table"].iloc[0], rows["columns"].iloc[0]
-    tuning = TABLES[table].tuning
-    sentence = f"{TUNINGS.get(tuning, tuning)} gives back, of the uncorrupted model's F1, {', '.join(parts)}"
-    if rows["reference"].notna().all():
-        theirs = ", ".join(f"{rows.at[side, 'reference']:.0f} %" for side in words if side in rows.index)
-        sentence += f"; in {name} {theirs}"
-    over = f"over {columns} column{'s' if columns > 1 else ''} of model and data set"
-    return f"{sentence} (Table {table}, averaged {over})."
+    degrees = of_table.loc[of_table["side"] != "all", "percent"]
+    nearest = degrees.sort_values(key=lambda percent: abs(percent - 50), kind="stable").head(1)
+    return of_table[of_table["percent"].isin([*nearest, 100 * len(nearest)])]
 
 
 # ---- The tables as heat maps, and Figure 1 ----
 
 
-def heat(title: str, cells: pd.DataFrame, points: str) -> dict:
-    """A map for the page: one table's cells in the paper's layout, and what stands in each, coloured by its points."""
-    texts, full = format_cells(cells, "<b>{}</b>", '<span class="collapsed">{}</span>'), LOST
+def heat(title: str, cells: pd.DataFrame, points: str, number: str = "{:.2f}") -> dict:
+    """A map for the page: the cells of one table in the paper's layout, and for each its text and its points."""
+    marks = {"bold": "<b>{}</b>", "red": '<span class="collapsed">{}</span>'} if points == "lost" else {}
+    texts = format_cells(cells, number=number, **marks)
+    numbers = pd.DataFrame({"text": texts, "points": cells[points]}).to_dict("index")
     missing = count_missing(paper_table(cells, texts))
-    if points == "difference":
-        texts, full = cells["f1"].map("{:+.2f}".format).where(cells["f1"].notna(), ""), APART
-    strength = (cells[points].abs() / full).clip(upper=1).fillna(0)
-    kind = cells[points].lt(0).map({True: "low", False: "high"})
-    numbers = pd.DataFrame({"text": texts, "heat": strength, "kind": kind}).to_dict("index")
     return {"title": title, "ids": paper_table(cells, cells.index), "numbers": numbers, "missing": missing}
 
 
@@ -176,12 +144,10 @@ def heat_maps(both: pd.DataFrame, name: str) -> dict[str, list[dict]]:
         if known.empty:
             continue
         cells = cells[cells["model"].isin(known["model"]) & cells["dataset"].isin(known["dataset"])]
-        cells = cells.assign(f1_std=np.nan)
-        theirs = cells[["f1_reference", "collapsed_reference", "lost_reference"]]
-        theirs = cells.assign(**theirs.rename(columns=lambda column: column.removesuffix("_reference")))
-        apart = cells.assign(f1=cells["difference"], collapsed=False)
-        maps[number] += [heat(name.replace("the paper", "The paper"), theirs, "lost")]
-        maps[number] += [heat(f"Ours - {name}", apart, "difference")]
+        values = {value: cells[f"{value}_reference"] for value in ("f1", "collapsed", "lost")}
+        theirs = heat(name.replace("the paper", "The paper"), cells.assign(**values, f1_std=np.nan), "lost")
+        apart = cells.assign(f1=cells["difference"], f1_std=np.nan)
+        maps[number] += [theirs, heat(f"Ours - {name}", apart, "difference", number="{:+.2f}")]
     return maps
 
 
@@ -226,9 +192,9 @@ def caveats(ours: ResultSet, both: pd.DataFrame) -> dict:
     }
 
 
-def provenance(ours: ResultSet) -> dict:
-    """Where the numbers come from: settings, weights, rows, machines and hours."""
-    results = pd.DataFrame(
+def provenance(ours: ResultSet) -> pd.DataFrame:
+    """Where each run's numbers come from: weights, rows, machine, hours."""
+    return pd.DataFrame(
         {
             "model": result["settings"]["model"],
             "model_fingerprint": result["settings"]["model_fingerprint"][:8],
@@ -241,23 +207,10 @@ def provenance(ours: ResultSet) -> dict:
             "threads": result["device"].get("threads"),
             **{name: result["versions"].get(name) for name in ("python", "torch", "transformers")},
             "commit": re.sub(r"^(\w{12})\w*", r"\1", result["commit"] or "none"),
-            "finished": result.get("finished", "unknown"),
+            "finished": result.get("finished", "unknown")[:10],
         }
         for result in ours.results.values()
     )
-    tables = {
-        "Machines, versions, code": ["device", "threads", "python", "torch", "transformers", "commit"],
-        "Models": ["model", "model_fingerprint", "revision"],
-        "Data sets": ["dataset", "data_fingerprint", "rows"],
-    }
-    counted = {"runs": ("hours", "size"), "hours": ("hours", "sum")}
-    return {
-        "tables": {name: results.groupby(by, dropna=False).agg(**counted) for name, by in tables.items()},
-        "settings": count_settings(ours),
-        "hours": results["hours"].sum(),
-        "from": results["finished"].min()[:10],
-        "until": results["finished"].max()[:10],
-    }
 
 
 def count_settings(ours: ResultSet) -> dict[str, dict[str, int]]:
@@ -265,13 +218,6 @@ def count_settings(ours: ResultSet) -> dict[str, dict[str, int]]:
     settings = other_settings({run: result["settings"] for run, result in ours.results.items()})
     settings = settings.drop(columns=["model_fingerprint", "data_fingerprint"])
     return {name: column.value_counts().to_dict() for name, column in settings.items()}
-
-
-def settings_apart(ours: ResultSet, theirs: ResultSet) -> list[dict]:
-    """The settings whose values are not the same in two output folders."""
-    one, other = count_settings(ours), count_settings(theirs)
-    both = [(name, list(one.get(name, {})), list(other.get(name, {}))) for name in {**one, **other}]
-    return [{"name": name, "ours": a, "theirs": b} for name, a, b in both if set(a) != set(b)]
 
 
 # ---- The page ----
@@ -289,14 +235,15 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         name = compare_to.resolve().name
         end = f"_compared_to_{name}"
         theirs = read(compare_to)
-        reference, apart = theirs.cells.dropna(subset="table"), settings_apart(ours, theirs)
+        reference, their_settings = theirs.cells.dropna(subset="table"), count_settings(theirs)
     else:
-        name, end, reference, apart = "the paper", "", published_cells(), []
+        name, end, reference, their_settings = "the paper", "", published_cells(), {}
     both = join_reference(in_tables, reference, by_variant=compare_to is not None)
     if compare_to and both["difference"].isna().all():
         raise InputError(f"{output_dir} and {compare_to} have no cell in common: nothing to compare")
     folder = output_dir / f"figures{end}"
     folder.mkdir(exist_ok=True)
+    claims = claims_table(in_tables, reference)
     shares = recovered_share(both)
     style = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), **style)
@@ -308,23 +255,21 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         ours=ours,
         both=both.fillna({"runs": ""}),
         maps=heat_maps(both, name),
-        claims=claim_summary(both, reference),
+        claims=claims[claims["table"].isin(in_tables["table"])],
         shares=shares,
-        headline=headline(shares, name),
+        headline=headline(shares),
         figures=plots.draw_all(both, ours.epochs, name, folder),
         folder=folder.name,
         figures_1=figures_1(output_dir, dict(zip(ours.runs["run"], ours.runs["f1"], strict=True))),
         caveats=caveats(ours, both),
         provenance=provenance(ours),
-        best=set(" ".join(ours.cells["runs"]).split()),  # the runs that a cell's number is made of
+        settings=count_settings(ours),
+        their_settings=their_settings,
         number_of={run: number for number, run in enumerate(ours.runs["run"], 1)},
         models=[model_title(model) for model in in_order(both["model"])],
         datasets=[dataset_title(dataset) for dataset in in_order(both["dataset"])],
-        apart=apart,
-        LOST=LOST,
-        APART=APART,
         TABLES=TABLES,
-        HOW_OFTEN=HOW_OFTEN,
+        CLAIMS=CLAIMS,
     )
     path = output_dir / f"report{end}.html"
     with atomic_write(path) as aside:

@@ -43,7 +43,14 @@ import transformers
 from accelerate.utils.memory import should_reduce_batch_size
 from filelock import Timeout
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import callbacks
 import corrupt
@@ -64,17 +71,24 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scik
 # ---- How it is tuned ----
 
 
-def tune_full(
-    model: PreTrainedModel, tokens: datasets.DatasetDict, tokenizer: object, run: Run, args: TrainingArguments
-) -> tuple[datasets.DatasetDict, Callable]:
+class Trainable(NamedTuple):
+    """What a tuning makes ready: it changes the model in place, and returns the rows and how they become a batch."""
+
+    model: PreTrainedModel
+    tokens: datasets.DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    run: Run
+    args: TrainingArguments
+
+
+def tune_full(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
     """Everything trains."""
-    return tokens, DataCollatorWithPadding(tokenizer)
+    return parts.tokens, DataCollatorWithPadding(parts.tokenizer)
 
 
-def tune_probe(
-    model: PreTrainedModel, tokens: datasets.DatasetDict, tokenizer: object, run: Run, args: TrainingArguments
-) -> tuple[datasets.DatasetDict, Callable]:
+def tune_probe(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
     """The head trains, on what the frozen encoder gives (section A.2); that is computed once for all learning rates."""
+    model, tokens, tokenizer, run, args = parts
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     folder = run.work_dir.parent.with_name("features") / features.key_of(encoder_settings(run, args))
     batch_size = args.per_device_eval_batch_size
@@ -82,7 +96,7 @@ def tune_probe(
     return outputs, default_data_collator
 
 
-# --tuning: makes the model ready, in place, and returns the rows that it reads and how they become a batch
+# --tuning
 TUNINGS = {"full": tune_full, "probe": tune_probe}
 
 
@@ -187,7 +201,7 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
     )
     plain = wanted.no_unpadding or args.device.type != "cpu"  # none of it has been measured on a GPU
     speed = {"unpadded": unpad.speed_up_encoder(model, wanted.pooling, plain), "quick_dropout": not plain}
-    rows, collator = TUNINGS[wanted.tuning](model, tokens, tokenizer, run, args)
+    rows, collator = TUNINGS[wanted.tuning](Trainable(model, tokens, tokenizer, run, args))
     metric, predicted = evaluate.load(str(METRIC), keep_in_memory=True), []
 
     def compute_metrics(evaluated: transformers.EvalPrediction) -> dict[str, float]:
