@@ -95,10 +95,7 @@ def result_row(result: dict) -> dict:
 
 def other_settings(settings_of: dict[str, dict]) -> pd.DataFrame:
     """Each run's settings as JSON, beside those of RUN; what its result lacks has the value that it was made with."""
-    rows = [
-        settings | {name: value for name, value in NEUTRAL_VALUES.items() if name not in settings}
-        for settings in settings_of.values()
-    ]
+    rows = [own | {k: v for k, v in NEUTRAL_VALUES.items() if k not in own} for own in settings_of.values()]
     others = pd.DataFrame(rows, index=list(settings_of)).drop(columns=[*RUN, "frac"], errors="ignore").astype(object)
     return others.where(others.notna(), None).map(lambda value: json.dumps(value, sort_keys=True))
 
@@ -123,7 +120,7 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
     for note in notes:
         warn(note)
     cells = stats.pick_learning_rate(comparable, CELL).reset_index()
-    tables = [table_of(*of) for of in zip(cells["pooling"], cells["tuning"], cells["dataset"], strict=True)]
+    tables = [table_of(*place) for place in cells[["pooling", "tuning", "dataset"]].values]
     cells["table"] = pd.array(tables, dtype="str")
     columns = ["f1", "f1_std", "cross_fitted", "selection_bias", "seeds"]
     columns += ["learning_rate", "learning_rates_tried", "lr_at_grid_edge"]
@@ -148,18 +145,19 @@ def groups(frame: pd.DataFrame, *by: str) -> DataFrameGroupBy:
     return ordered.groupby([*by], sort=False)
 
 
-def format_cells(cells: pd.DataFrame, bold="{}", red="{}", std=" ± {:.2f}", number="{:.2f}") -> pd.Series:
-    """One table's cells as text: the higher of bottom and top in bold, collapsed ones in red, the deviation over seeds.
+def as_text(numbers: pd.Series, form: str = "{:.2f}") -> pd.Series:
+    """The numbers as text, empty where there is none."""
+    return numbers.map(form.format).where(numbers.notna(), "")
 
-    A cell that was not run is empty, and so is the deviation where there is one seed.
-    """
-    texts = cells["f1"].map(number.format)
-    f1 = texts.astype(float)
+
+def format_cells(cells: pd.DataFrame, bold: str, red: str) -> pd.Series:
+    """One table's cells as text: the higher of bottom and top in bold, collapsed ones in red, deviation over seeds."""
+    texts = as_text(cells["f1"])
+    f1 = pd.to_numeric(texts)
     lowest = f1.groupby([cells[name] for name in ("model", "variant", "percent", "dataset")]).transform("min")
     texts = texts.mask(cells["collapsed"].eq(True), texts.map(red.format))
     texts = texts.mask(f1 > lowest, texts.map(bold.format))
-    texts += cells["f1_std"].map(std.format).where(cells["f1_std"].notna(), "")
-    return texts.where(cells["f1"].notna(), "")
+    return texts + as_text(cells["f1_std"], " ± {:.2f}")
 
 
 def paper_table(cells: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
@@ -261,7 +259,7 @@ def main() -> None:
         pairs, unpaired = bottom_top(cells, runs, predictions)
         in_tables = cells.dropna(subset="table")
         tables = {n: of_table for (n,), of_table in groups(in_tables, "table")}
-        texts = {f"table{n}": paper_table(of_table, format_cells(of_table, std="")) for n, of_table in tables.items()}
+        texts = {f"table{n}": paper_table(of_table, as_text(of_table["f1"])) for n, of_table in tables.items()}
         claims = claims_table(in_tables, paper)
         frames = {"results": runs, "cells": cells, "comparison": compare(in_tables, paper), "claims": claims}
         frames |= {"bottom_top": pairs, **texts}
@@ -276,8 +274,8 @@ def main() -> None:
     except (InputError, OSError) as error:
         parser.error(str(error))
     for n in tables:
-        print(f"Table {n}: weighted F1 in percent {TABLES[n].caption}; bold: the higher side\n")
-        print(files[f"table{n}.md"])
+        caption = f"weighted F1 in percent {TABLES[n].caption}; bold: the higher side"
+        print(f"Table {n}: {caption}\n\n{files[f'table{n}.md']}")
     short = claims[claims["table"].isin(tables)][["table", "claim"]]
     for name in ("paper", "ours", "ours_in_paper"):
         short[name] = claims[f"{name}_holds"].astype(str) + "/" + claims[f"{name}_compared"].astype(str)

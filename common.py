@@ -2,6 +2,8 @@
 
 import argparse
 import multiprocessing
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +59,22 @@ def _sha256(path: Path, *_: int) -> str:
 def file_lock(path: Path) -> FileLock:
     """A lock that the system takes from a process that dies. Where the file system has none, acquiring it fails."""
     return FileLock(path, fallback_to_soft=False)
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with `-dirty` if files of it were changed; None outside a git checkout.
+
+    On a cluster's nodes, where the code came without its repository, HEALING_COMMIT tells it.
+    """
+    if "HEALING_COMMIT" in os.environ:
+        return os.environ["HEALING_COMMIT"] or None
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def in_worker() -> bool:

@@ -28,7 +28,7 @@ from uuid import uuid4
 
 import data_prep
 import run_dir
-from common import InputError, file_lock, one_line
+from common import InputError, file_lock, git_commit, one_line
 from config import Run, RunConfig
 
 KILLED = "its process was killed twice, perhaps because memory is short: --jobs 1 needs less"
@@ -158,7 +158,6 @@ class RayPool:
             import ray
         except ModuleNotFoundError:
             raise InputError("--executor ray needs Ray: pip install -r requirements-cluster.txt") from None
-        import train
 
         self.ray, self.memory = ray, memory
         self.output_dir, self.data_dir = Path(output_dir).resolve(), Path(data_dir).resolve()
@@ -167,7 +166,7 @@ class RayPool:
         code = {
             "working_dir": str(here),
             "excludes": [f"/{path.name}" for path in here.iterdir() if path.suffix != ".py" and path.name != "metrics"],
-            "env_vars": {"HEALING_COMMIT": train.git_commit() or ""},
+            "env_vars": {"HEALING_COMMIT": git_commit() or ""},
         }
         address = os.environ.get("RAY_ADDRESS", "local")  # Ray's own choice may be a cluster that died
         if address == "local":

@@ -111,6 +111,17 @@ def published_cells() -> pd.DataFrame:
     return cells.assign(variant="", collapsed=cells["collapsed"] == "both", percent=cells["percent"].astype(float))
 
 
+def compare(settings: dict, f1: float) -> str:
+    """What the paper has for a run's cell, and how far the run's F1 (0 to 1) is from it."""
+    table = table_of(settings["pooling"], settings["tuning"], settings["dataset"])
+    place = {"table": table} | {name: settings[name] for name in ("model", "percent", "side", "dataset")}
+    published = published_cells().set_index(list(place))["f1"].get(tuple(place.values()))
+    if published is None:
+        return "the paper has no such cell"
+    best = f"the paper's Table {table} has {published:.2f} %, the best of three learning rates"
+    return f"{best}; ours - the paper's: {100 * f1 - published:+.2f}"
+
+
 # ---- Claims (section 4.2) ----
 
 

@@ -6,14 +6,11 @@
 Figure 1 is t-SNE of the test split's [CLS] vectors after fine-tuning, at four degrees of corruption. It takes runs of
 `python train.py --save_vectors` (`python grid.py --preset figure1` does the paper's four) that `python aggregate.py`
 has put into results.csv. The panels are 0 %, top, bottom and 100 %, the paper's order: four runs that differ in the
-corruption and the learning rate alone (the best by F1), at the lowest seed that all four have. Beside
-outputs/figure1_<model>_<dataset>.png (with --frac, figure1_<model>_<dataset>_<percent>.png) and .pdf stand the dots, in
-.csv, and what the panels say, in _numbers.csv:
-
-    f1            weighted F1 of the run, in percent
-    silhouette    of the true classes, in the original space: 1 far apart, 0 mixed, below 0 closer to another class
-    knn_accuracy  in percent: each row gets the class that most of its 15 nearest other rows have (on a tie the class
-                  that comes first), in the original space
+corruption and the learning rate alone (the best by F1), at the lowest seed that all four have. They are written to
+outputs/figure1_<model>_<dataset>.png and .pdf (with --frac, figure1_<model>_<dataset>_<percent>), their dots to .csv,
+and to _numbers.csv what they say: `f1`, weighted, in percent; `silhouette` of the true classes, 1 far apart, 0 mixed,
+below 0 closer to another class; `knn_accuracy` in percent, where each row gets the class that most of its 15 nearest
+other rows have (on a tie the class that comes first). Both are measured in the original space.
 
 t-SNE sees the first 50 principal components and starts from the first two, with perplexity 30 (a third of the rows
 where there are fewer than 91), random state 0 and one thread, so that a machine draws the same figure each time. In
@@ -35,7 +32,7 @@ from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits
 
 from aggregate import groups, read_csv
@@ -69,12 +66,6 @@ def describe_corruption(side: str, percent: float) -> str:
     return {"none": "uncorrupted", "all": "100 %"}.get(side, f"{side} {percent:g} %")
 
 
-def describe_cell(cell: dict | pd.Series) -> str:
-    """A cell in words: model, corruption, data set."""
-    corruption = describe_corruption(cell["side"], cell["percent"])
-    return f"{describe_model(cell)}, {corruption}, {dataset_title(cell['dataset'])}"
-
-
 # ---- F1 by epoch, and against the corrupted fraction ----
 
 
@@ -92,10 +83,7 @@ def make_panels(cells: pd.DataFrame, legend: int) -> tuple[Figure, list[tuple[Ax
 
 
 def draw_epochs(cells: pd.DataFrame, epochs: dict[str, pd.DataFrame]) -> Figure:
-    """Weighted F1 by epoch, a line for each corruption, a panel for each model; the band is one standard deviation.
-
-    Mean and deviation are over the cell's seeds, at its best learning rate.
-    """
+    """Weighted F1 by epoch, a line for each cell, a panel for each model; the band is one deviation over the seeds."""
     figure, panels = make_panels(cells.sort_values("percent").dropna(subset="f1"), legend=3)
     lines = {}
     for panel, group in panels:
@@ -152,8 +140,7 @@ def save(figure: Figure, path: Path) -> Markup:
             figure.savefig(aside, facecolor="white", **options)
     text = StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = "<svg" + text.getvalue().partition("<svg")[2]
     for colour, variable in THEME.items():
         svg = svg.replace(colour, variable)
     return Markup(svg)
@@ -166,16 +153,12 @@ def draw_all(both: pd.DataFrame, epochs: dict[str, pd.DataFrame], name: str, fol
     for (table, dataset), cells in groups(both, "table", "dataset"):
         for kind, figure in (("fraction", draw_fraction(cells, name)), ("epochs", draw_epochs(cells, epochs))):
             stem = f"table{table}_{dataset}_{kind}"
-            of = {"table": table, "dataset": dataset_title(dataset), "kind": kind, "stem": stem}
-            figures.append(of | {"svg": save(figure, folder / stem)})
+            svg = save(figure, folder / stem)
+            figures.append({"table": table, "dataset": dataset, "kind": kind, "stem": stem, "svg": svg})
     return figures
 
 
 # ---- Figure 1 ----
-
-
-def panel_title(side: str, percent: float) -> str:
-    return f"{percent:g} % {side}" if side in ("top", "bottom") else f"{percent:g} %"
 
 
 def choose_runs(output_dir: Path, choice: dict[str, object]) -> dict[tuple[str, str], list]:
@@ -208,7 +191,7 @@ def choose_runs(output_dir: Path, choice: dict[str, object]) -> dict[tuple[str, 
     if not fours:
         flags = "".join(f" --{name} {value}" for name, value in choice.items())
         vectors = "; ".join(
-            f"{model} on {dataset} ({', '.join(dict.fromkeys(map(panel_title, its['side'], its['percent'])))})"
+            f"{model} on {dataset} ({', '.join(dict.fromkeys(map(describe_corruption, its['side'], its['percent'])))})"
             for (model, dataset), its in runs.groupby(["model", "dataset"])
         )
         raise InputError(
@@ -224,26 +207,17 @@ def load_vectors(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         per_class = json.loads((folder / "result.json").read_text())["data"]["rows_per_class"]["test"]
         labels = pd.read_csv(folder / "predictions.csv.gz")["label"].to_numpy()
         vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+        classes, counts = np.unique(labels, return_counts=True)
+        if vectors.ndim != 2 or len(vectors) != len(labels):
+            raise ValueError(f"vectors.npy is {vectors.shape} for {len(labels)} rows")
+        if not np.isfinite(vectors).all():
+            raise ValueError("vectors.npy has values that are not finite numbers")
+        if counts.tolist() != [*per_class.values()]:
+            raise ValueError("predictions.csv.gz has not the rows of each class in result.json")
     except (OSError, EOFError, ValueError, KeyError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"{folder} cannot be read ({reason}): delete it and do the run again") from error
-    classes, counts = np.unique(labels, return_counts=True)
-    for right, wrong in (
-        (vectors.ndim == 2 and len(vectors) == len(labels), f"vectors.npy is {vectors.shape} for {len(labels)} rows"),
-        (np.isfinite(vectors).all(), "vectors.npy has values that are not finite numbers"),
-        (counts.tolist() == [*per_class.values()], "predictions.csv.gz has not the rows of each class in result.json"),
-    ):
-        if not right:
-            raise InputError(f"{folder}: {wrong}: delete the folder and do the run again")
+        raise InputError(f"{folder} cannot be used ({reason}): delete it and do the run again") from error
     return vectors, labels, dict(zip(classes.tolist(), per_class, strict=True))
-
-
-def knn_accuracy(vectors: np.ndarray, labels: np.ndarray, k: int = NEIGHBOURS) -> float:
-    """The share of rows whose class most of their k nearest other rows have."""
-    nearest = NearestNeighbors(n_neighbors=min(k, len(vectors) - 1)).fit(vectors).kneighbors(return_distance=False)
-    classes = np.unique(labels)
-    votes = np.stack([(labels[nearest] == label).sum(1) for label in classes])
-    return float((classes[votes.argmax(0)] == labels).mean())
 
 
 def embed(vectors: np.ndarray) -> np.ndarray:
@@ -259,8 +233,10 @@ def measure(four: list, vectors_of: list) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row for each panel, with its numbers, and a row for each dot."""
     numbers, dots = [], []
     for run, (vectors, labels, names) in zip(four, vectors_of, strict=True):
-        silhouette, knn = silhouette_score(vectors, labels), 100 * knn_accuracy(vectors, labels)
-        numbers.append({**run._asdict(), "silhouette": silhouette, "knn_accuracy": knn, "rows": len(labels)})
+        knn = KNeighborsClassifier(min(NEIGHBOURS, len(labels) - 1)).fit(vectors, labels)
+        accuracy = 100 * knn.score(None, labels)  # None: of the fitted rows, each without itself
+        measured = {"silhouette": silhouette_score(vectors, labels), "knn_accuracy": accuracy}
+        numbers.append({**run._asdict(), **measured, "rows": len(labels)})
         x, y = embed(vectors).T
         columns = {"row": range(len(labels)), "label": labels, "label_name": [names[label] for label in labels]}
         dots.append(pd.DataFrame({"side": run.side, "percent": run.percent, **columns, "x": x, "y": y, "run": run.run}))
@@ -287,7 +263,8 @@ def draw_figure_1(numbers: pd.DataFrame, dots: pd.DataFrame, across: int = 4) ->
         axes.set(xticks=[], yticks=[], box_aspect=1)
         axes.set_aspect("equal", adjustable="datalim")
         axes.spines[:].set(color="0.75", linewidth=0.5)
-        axes.set_title(f"({letter}) {panel_title(panel.side, panel.percent)}", fontsize=7.5, pad=3)
+        side = panel.side if panel.side in ("bottom", "top") else ""
+        axes.set_title(f"({letter}) {panel.percent:g} % {side}".strip(), fontsize=7.5, pad=3)
         measured = f"F1 {panel.f1:.2f} %  {NEIGHBOURS}-NN {panel.knn_accuracy:.2f} %"
         axes.set_xlabel(f"{measured}\nsilhouette {panel.silhouette:z.3f}", fontsize=6, linespacing=1.4, labelpad=2)
     handles = [Line2D([], [], color=c, marker=m, linestyle="", markersize=3) for c, m in looks.values()]
@@ -343,7 +320,7 @@ def write_figure_1(output_dir: Path, choice: dict[str, object], again: bool = Tr
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--output_dir", type=Path, default="outputs", help="holds results.csv (default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="holds runs/ (default: outputs)")
     parser.add_argument("--model", type=model_name, help="as in results.csv (default: each)")
     parser.add_argument("--dataset", help="as in results.csv (default: each)")
     parser.add_argument("--frac", type=fraction, help="of the layers in panels b and c (default: the least)")

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 import plots
-from aggregate import claims_table, count_missing, format_cells, groups, in_order, other_settings, paper_table, read_csv
+from aggregate import as_text, claims_table, count_missing, format_cells, groups, other_settings, paper_table, read_csv
 from common import InputError, atomic_write, fail, make_parser, one_line
 from paper import CLAIMS, TABLES, dataset_title, model_title, published_cells
 
@@ -90,11 +90,10 @@ def join_reference(ours: pd.DataFrame, reference: pd.DataFrame, by_variant: bool
     both = ours.merge(theirs, how="outer", on=[*COLUMNS, "percent", "side"], suffixes=("", "_reference"))
     both["layers"] = both["layers"].fillna(both["layers_reference"]).astype(int)
     both["difference"] = both["f1"] - both["f1_reference"]
-    baseline = both[both["side"] == "none"].set_index(COLUMNS)
     for whose in ("", "_reference"):
-        uncorrupted = both[COLUMNS].merge(baseline[[f"f1{whose}"]], how="left", left_on=COLUMNS, right_index=True)
-        both[f"lost{whose}"] = both[f"f1{whose}"] - uncorrupted[f"f1{whose}"]
-        both[f"kept{whose}"] = 100 * both[f"f1{whose}"] / uncorrupted[f"f1{whose}"]
+        f1 = both[f"f1{whose}"]
+        uncorrupted = f1.where(both["side"] == "none").groupby([both[name] for name in COLUMNS]).transform("first")
+        both[f"lost{whose}"], both[f"kept{whose}"] = f1 - uncorrupted, 100 * f1 / uncorrupted
     return both
 
 
@@ -123,31 +122,29 @@ def headline(shares: pd.DataFrame) -> pd.DataFrame:
     return of_table[of_table["percent"].isin([*nearest, 100 * len(nearest)])]
 
 
-# ---- The tables as heat maps, and Figure 1 ----
+# ---- What the page shows: maps of the tables, Figure 1, where the numbers come from ----
 
 
-def heat(title: str, cells: pd.DataFrame, points: str, number: str = "{:.2f}") -> dict:
+def heat(title: str, cells: pd.DataFrame, texts: pd.Series, points: pd.Series) -> dict:
     """A map for the page: the cells of one table in the paper's layout, and for each its text and its points."""
-    marks = {"bold": "<b>{}</b>", "red": '<span class="collapsed">{}</span>'} if points == "lost" else {}
-    texts = format_cells(cells, number=number, **marks)
-    numbers = pd.DataFrame({"text": texts, "points": cells[points]}).to_dict("index")
+    numbers = pd.DataFrame({"text": texts, "points": points}).to_dict("index")
     missing = count_missing(paper_table(cells, texts))
     return {"title": title, "ids": paper_table(cells, cells.index), "numbers": numbers, "missing": missing}
 
 
 def heat_maps(both: pd.DataFrame, name: str) -> dict[str, list[dict]]:
     """The maps of each table: ours, and where the reference has cells of it, theirs and the difference."""
-    maps = {}
+    maps, marks = {}, ("<b>{}</b>", '<span class="collapsed">{}</span>')
     for (number,), cells in groups(both, "table"):
-        maps[number] = [heat("Ours", cells, "lost")]
+        maps[number] = [heat("Ours", cells, format_cells(cells, *marks), cells["lost"])]
         known = cells[cells["f1_reference"].notna()]
         if known.empty:
             continue
         cells = cells[cells["model"].isin(known["model"]) & cells["dataset"].isin(known["dataset"])]
-        values = {value: cells[f"{value}_reference"] for value in ("f1", "collapsed", "lost")}
-        theirs = heat(name.replace("the paper", "The paper"), cells.assign(**values, f1_std=np.nan), "lost")
-        apart = cells.assign(f1=cells["difference"], f1_std=np.nan)
-        maps[number] += [theirs, heat(f"Ours - {name}", apart, "difference", number="{:+.2f}")]
+        theirs = cells.assign(f1=cells["f1_reference"], collapsed=cells["collapsed_reference"], f1_std=np.nan)
+        title, apart = name.replace("the paper", "The paper"), cells["difference"]
+        maps[number].append(heat(title, cells, format_cells(theirs, *marks), cells["lost_reference"]))
+        maps[number].append(heat(f"Ours - {name}", cells, as_text(apart, "{:+.2f}"), apart))
     return maps
 
 
@@ -171,25 +168,6 @@ def figures_1(output_dir: Path, f1_of: dict[str, float]) -> list[dict]:
         picture = b64encode(picture.getvalue()).decode()
         figures.append({"stem": stem, "picture": picture, "rows": numbers.to_dict("records")})
     return figures
-
-
-# ---- What to doubt, and where the numbers come from ----
-
-
-def caveats(ours: ResultSet, both: pd.DataFrame) -> dict:
-    """What a reader must know before trusting a number: collapsed runs, rates at the edge, what is not there."""
-    cells = both.dropna(subset="f1")
-    return {
-        "collapsed": ours.runs[ours.runs["collapsed"]],
-        "edge": cells[cells["lr_at_grid_edge"].eq(True)],
-        "edge_of": cells["lr_at_grid_edge"].count(),
-        "bias": cells.sort_values("selection_bias", ascending=False).head(10),
-        "mean_bias": cells["selection_bias"].mean(),
-        "apart": cells.dropna(subset="difference").sort_values("difference", key=abs, ascending=False),
-        "spread": cells.dropna(subset="f1_std").sort_values("f1_std", ascending=False).head(10),
-        "no_table": ours.cells[ours.cells["table"].isna()],
-        "resumed": [run for run, result in ours.results.items() if result.get("resumed_from")],
-    }
 
 
 def provenance(ours: ResultSet) -> pd.DataFrame:
@@ -247,9 +225,10 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
     shares = recovered_share(both)
     style = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), **style)
-    words = (plots.describe_model, plots.describe_corruption, plots.describe_cell, dataset_title)
     page = environment.get_template(TEMPLATE.name).render(
-        {function.__name__: function for function in words},
+        describe_model=plots.describe_model,
+        describe_corruption=plots.describe_corruption,
+        dataset_title=dataset_title,
         name=name,
         compare_to=compare_to,
         ours=ours,
@@ -261,13 +240,13 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         figures=plots.draw_all(both, ours.epochs, name, folder),
         folder=folder.name,
         figures_1=figures_1(output_dir, dict(zip(ours.runs["run"], ours.runs["f1"], strict=True))),
-        caveats=caveats(ours, both),
+        resumed=[run for run, result in ours.results.items() if result.get("resumed_from")],
         provenance=provenance(ours),
         settings=count_settings(ours),
         their_settings=their_settings,
         number_of={run: number for number, run in enumerate(ours.runs["run"], 1)},
-        models=[model_title(model) for model in in_order(both["model"])],
-        datasets=[dataset_title(dataset) for dataset in in_order(both["dataset"])],
+        models=[model_title(model) for (model,), _ in groups(both, "model")],
+        datasets=[dataset_title(dataset) for (dataset,), _ in groups(both, "dataset")],
         TABLES=TABLES,
         CLAIMS=CLAIMS,
     )

@@ -17,7 +17,6 @@ import logging
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -61,7 +60,7 @@ import paper
 import resolve
 import run_dir
 import unpad
-from common import USER_ERRORS, InputError, RunError, fail, in_worker, one_line
+from common import USER_ERRORS, InputError, RunError, fail, git_commit, in_worker, one_line
 from config import Run, RunConfig
 
 METRIC = Path(__file__).parent / "metrics" / "weighted_f1"
@@ -368,20 +367,6 @@ def device_of(args: TrainingArguments) -> dict:
     }
 
 
-def git_commit() -> str | None:
-    """The commit of this code, with `-dirty` if files of it were changed; None outside a git checkout.
-
-    On a cluster's nodes, where the code came without its repository, HEALING_COMMIT tells it.
-    """
-    if "HEALING_COMMIT" in os.environ:
-        return os.environ["HEALING_COMMIT"] or None
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, cwd=METRIC, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def run_or_reuse(run: Run, wait: bool = True) -> tuple[dict, bool]:
     """The run's result, and whether it was there already; the run is done now if nobody has done it or does it now.
 
@@ -433,19 +418,6 @@ def silence_libraries() -> None:
     logging.basicConfig(handlers=[console])
 
 
-def compare_with_paper(result: dict) -> str:
-    """What the paper has for the run's cell, and how far ours is from it."""
-    s, f1 = result["settings"], 100 * result["weighted_f1"]
-    place = ["table", "model", "percent", "side", "dataset"]
-    cells = paper.published_cells().set_index(place)["f1"]
-    table = paper.table_of(s["pooling"], s["tuning"], s["dataset"])
-    published = cells.get((table, s["model"], s["percent"], s["side"], s["dataset"]))
-    if published is None:
-        return "the paper has no such cell"
-    best = f"the paper's Table {table} has {published:.2f} %, the best of three learning rates"
-    return f"{best}; ours - the paper's: {f1 - published:+.2f}"
-
-
 def main() -> None:
     wanted = config.parse_run(__doc__)
     silence_libraries()
@@ -468,7 +440,7 @@ def main() -> None:
         print(f"interrupted: the same command does the run; {kept}", file=sys.stderr)
         sys.exit(130)
     files = ", ".join(sorted(path.name for path in run.folder.iterdir()))
-    print(f"{config.describe_result(run.settings, result)}\n{compare_with_paper(result)}")
+    print(f"{config.describe_result(run.settings, result)}\n{paper.compare(run.settings, result['weighted_f1'])}")
     print(f"{'was there already' if reused else 'done'}: {run.folder}: {files}")
 
 

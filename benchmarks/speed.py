@@ -36,6 +36,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import callbacks
+import common
 import config
 import cost
 import data_prep
@@ -377,7 +378,7 @@ def main() -> None:
     path = Path(__file__).with_suffix(".json")
     found = json.loads(path.read_text()) if path.exists() else {}
     about = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-    about |= {"commit": train.git_commit(), "rounds": args.rounds}
+    about |= {"commit": common.git_commit(), "rounds": args.rounds}
     with tempfile.TemporaryDirectory() as folder:
         data_prep.prepare("rotten_tomatoes", train_size=384, test_size=192, data_dir=folder)
         for part in args.part:

@@ -75,6 +75,10 @@ def cells_of(output_dir: Path) -> pd.DataFrame:
     return aggregate.make_cells(aggregate.read_runs(output_dir)[0])
 
 
+def texts_of(cells: pd.DataFrame) -> pd.DataFrame:
+    return aggregate.paper_table(cells, aggregate.as_text(cells["f1"]))
+
+
 def run_main(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> int | str:
     """The exit code of the script, or what it says on stderr, with which it ends with 1."""
     monkeypatch.setattr("sys.argv", ["aggregate.py", "--output_dir", str(output_dir)])
@@ -106,12 +110,13 @@ def test_the_papers_layout(tmp_path: Path) -> None:
         sides = {0: ["none"], 100: ["all"]}.get(percent, ["bottom", "top"])
         for side, f1 in zip(sides, (float(bottom), float(top)), strict=False):
             write_result(tmp_path, names[name], side, percent, "sst2", f1)
-    table = aggregate.paper_table(cells_of(tmp_path))
-    rows = [" ".join(row).split() for row in table.text.itertuples(index=False)]
+    cells = cells_of(tmp_path)
+    table = texts_of(cells)
+    rows = [" ".join(row).split() for row in table.itertuples(index=False)]
     assert rows == [line.split() for line in ROWS.strip().splitlines()]
-    assert list(table.text) == ["model", "corruption", "SST-2 bottom", "SST-2 top"]
-    assert table.missing == 0
-    assert "| Base    | 50% (1-6)    | 83.25          | **87.92**   |" in aggregate.markdown(table)
+    assert list(table) == ["model", "corruption", "SST-2 bottom", "SST-2 top"]
+    assert aggregate.count_missing(table) == 0
+    assert "| Base    | 50% (1-6)    | 83.25          | **87.92**   |" in aggregate.markdown(cells)
 
 
 # Three seeds with F1 50, 60 and 70, of which one collapsed: mean 60, deviation 10, marked, in one run of three.
@@ -123,10 +128,9 @@ def test_several_seeds_in_a_table(tmp_path: Path) -> None:
     write_result(tmp_path, BASE, "top", 50, "sst2", 55)
     cells = cells_of(tmp_path)
     assert cells["collapsed_runs"].tolist() == [1, 0]
-    table = aggregate.paper_table(cells)
-    assert table.text["SST-2 bottom"].tolist() == ["60.00"]  # a number, as in the CSV
-    assert "| **60.00†** ± 10.00 | 55.00 " in " ".join(aggregate.markdown(table).split())
-    assert r"\textbf{\textcolor{red}{60.00}} ± 10.00 & 55.00" in aggregate.latex(table)
+    assert texts_of(cells)["SST-2 bottom"].tolist() == ["60.00"]  # a number, as in the CSV
+    assert "| **60.00†** ± 10.00 | 55.00 " in " ".join(aggregate.markdown(cells).split())
+    assert r"\textbf{\textcolor{red}{60.00}} ± 10.00 & 55.00" in aggregate.latex(cells)
 
 
 def read_back(rows: list[list[str]], datasets: list[str]) -> set[tuple]:
@@ -145,22 +149,22 @@ def read_back(rows: list[list[str]], datasets: list[str]) -> set[tuple]:
 
 
 # The paper's CSV, made cells, made a table and read back from each of its three forms, is the CSV again.
-@pytest.mark.parametrize(("number", "cells", "red"), [("1", 120, 3), ("3", 120, 1), ("4", 40, 0), ("5", 40, 3)])
-def test_round_trip_of_the_papers_tables(number: str, cells: int, red: int) -> None:
+@pytest.mark.parametrize(("number", "count", "red"), [("1", 120, 3), ("3", 120, 1), ("4", 40, 0), ("5", 40, 3)])
+def test_round_trip_of_the_papers_tables(number: str, count: int, red: int) -> None:
     printed = pd.read_csv(paper.PUBLISHED / f"table{number}.csv", dtype=str).astype({"percent": int})
     expected = set(printed.itertuples(index=False, name=None))
     datasets = list(dict.fromkeys(printed["dataset"]))
-    published = paper.published_cells()
-    table = aggregate.paper_table(published[published["table"] == number])
-    assert len(expected) == cells and table.missing == 0
-    assert read_back(table.text.values.tolist(), datasets) == expected
+    cells = paper.published_cells().query("table == @number").assign(f1_std=np.nan)
+    table = texts_of(cells)
+    assert len(expected) == count and aggregate.count_missing(table) == 0
+    assert read_back(table.values.tolist(), datasets) == expected
 
-    lines = [line for line in aggregate.markdown(table).splitlines() if line.startswith("|")][2:]
+    lines = [line for line in aggregate.markdown(cells).splitlines() if line.startswith("|")][2:]
     rows = [[cell.strip(" *†") for cell in line.strip("|").split("|")] for line in lines]
     assert read_back(rows, datasets) == expected
     assert all(row[0] for row in rows)
 
-    text = aggregate.latex(table)
+    text = aggregate.latex(cells)
     rows = [line.removesuffix(r"\\").replace(r"\%", "%").split("&") for line in text.splitlines() if r"\% " in line]
     widths = {sum(2 if r"\multicolumn{2}" in cell else 1 for cell in row) for row in rows}
     assert widths == {2 + 2 * len(datasets)} and len(rows) == 13
@@ -178,7 +182,7 @@ def test_round_trip_of_the_papers_tables(number: str, cells: int, red: int) -> N
 # A name with characters that LaTeX takes for its own is escaped.
 def test_latex_escapes(tmp_path: Path) -> None:
     write_result(tmp_path, "my_bert&co", "bottom", 50, "my_set", 90)
-    text = aggregate.latex(aggregate.paper_table(cells_of(tmp_path)))
+    text = aggregate.latex(cells_of(tmp_path))
     assert r"\multicolumn{2}{c}{my\_set}" in text and r"my\_bert\&co & 50\% (1-6) & 90.00 &  \\" in text
 
 
@@ -191,16 +195,16 @@ def test_missing_cells_and_variants(tmp_path: Path, capsys: pytest.CaptureFixtur
     # a probe of other settings is in another table, and no reason to tell the fine-tuned ones apart
     write_result(tmp_path, BASE, "none", 0, "sst2", 85, tuning="probe", num_train_epochs=3.0)
     cells = cells_of(tmp_path)
-    table = aggregate.paper_table(cells[cells["table"] == "1"])
-    assert table.text.to_dict("split")["data"] == [
+    table = texts_of(cells[cells["table"] == "1"])
+    assert table.to_dict("split")["data"] == [
         ["Base", "0%", "90.00", "90.00", "95.00", "95.00"],
         ["Base", "50% (1-6)", "80.00", "", "", ""],
         ["Base", "100% (1-12)", "", "", "60.00", "60.00"],
     ]
-    assert table.missing == 4 and capsys.readouterr().err == ""
+    assert aggregate.count_missing(table) == 4 and capsys.readouterr().err == ""
     write_result(tmp_path, BASE, "none", 0, "sst2", 99, num_train_epochs=1.0)
     cells = cells_of(tmp_path)
-    text = aggregate.paper_table(cells[cells["table"] == "1"]).text
+    text = texts_of(cells[cells["table"] == "1"])
     found = dict(zip(zip(text["model"], text["corruption"], strict=True), text["SST-2 bottom"], strict=True))
     assert found["Base num_train_epochs=1.0", "0%"] == "99.00"
     assert found["Base num_train_epochs=10.0", "0%"] == "90.00"
@@ -345,7 +349,7 @@ def test_collapsed_runs(tmp_path: Path) -> None:
     assert runs["constant_f1"].tolist() == [pytest.approx(constant), pytest.approx(np.nan, nan_ok=True)]
     (cell,) = aggregate.make_cells(runs).to_dict("records")
     assert cell["collapsed"] and cell["constant_f1"] == pytest.approx(constant)
-    assert "30.00†" in aggregate.markdown(aggregate.paper_table(pd.DataFrame([cell])))
+    assert "30.00†" in aggregate.markdown(pd.DataFrame([cell]))
 
 
 # Class 3 is never a label and class 0 never predicted: both are rows that scikit-learn has a rule for.

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from uuid import uuid4
 
 import psutil
@@ -47,22 +47,22 @@ def local_pool(*layout: object) -> Iterator[executors.LocalPool]:
 # A run whose process is killed is done again; killed twice, it has failed, and says why. Another run goes on meanwhile.
 def test_a_killed_process(flags: list[str]) -> None:
     short, long = run_of([*flags, "--num_train_epochs", "1"]), run_of([*flags, "--num_train_epochs", "100000"])
+    killed, over = [], Event()
 
-    def kill_twice() -> None:
-        killed = []
-        for _ in range(2):
-            wait_until((long.work_dir / "now.json").exists)
-            (process,) = wait_until(
-                lambda: [p for run, _, p in list(pool.running.values()) if run == long and p.pid not in killed]
-            )
-            process.kill()
-            killed.append(process.pid)
+    def kill_each_try() -> None:
+        while not over.wait(0.05):
+            for process in [p for run, _, p in list(pool.running.values()) if run == long and p.pid not in killed]:
+                if killed or (long.work_dir / "now.json").exists():  # the first in the middle, others at once
+                    process.kill()
+                    killed.append(process.pid)
 
-    killer = Thread(target=kill_twice)
     with local_pool(2, 1) as pool:
+        killer = Thread(target=kill_each_try, daemon=True)
         killer.start()
         outcomes = list(pool.run_all([long, short]))
+        over.set()
         killer.join()
+    assert len(killed) == 2
     states = sorted((run.name, state) for run, state, _ in outcomes)
     assert states == sorted([(long.name, "again"), (long.name, "failed"), (short.name, "done")])
     assert f"{long.folder}: {executors.KILLED}" in [line for _, _, line in outcomes]
@@ -137,6 +137,8 @@ def test_no_process_outlives_its_grid(flags: list[str], tmp_path: Path) -> None:
             else:
                 grid.kill()
             _, alive = psutil.wait_procs([grid, *started], LIMIT)
+            for process in alive:
+                process.kill()
             assert alive == [] and grid.returncode == (130 if grid is cut_off else -signal.SIGKILL)
     there, *said = (folders[0] / "said").read_text().splitlines()
     assert there == "1 runs: 0 are there, 1 to do"

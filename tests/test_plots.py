@@ -90,14 +90,20 @@ def test_the_ticks_are_those_of_all_panels() -> None:
 # k = 15 is all five others: rows 0 and 1 see four of the other class, the rest three of theirs.
 # The silhouette is 1 - a / b where a, the mean distance to a row's own class, is less than b, to the other; here
 # a = 1, 1, 9, 11/3, 11/3, 13/3 and b = 35/4, 31/4, 3/2, 19/2, 21/2, 23/2. t-SNE would change these ratios.
-def test_numbers_of_a_line_in_the_original_space() -> None:
+def test_numbers_of_a_line_in_the_original_space(monkeypatch: pytest.MonkeyPatch) -> None:
     line = np.array([[0, 0], [1, 0], [2, 0], [10, 0], [11, 0], [12, 0]], dtype=np.float32)
     labels = np.array([3, 3, 5, 5, 5, 5])
-    assert plots.knn_accuracy(line, labels, k=3) == 3 / 6
-    assert plots.knn_accuracy(line[[0, 1, 3]], labels[[0, 1, 3]], k=2) == 2 / 3
     run = namedtuple("Row", "side percent run")("none", 0, "a")
-    (numbers,) = plots.measure([run], [(line, labels, {3: "World", 5: "Sports"})])[0].to_dict("records")
+
+    def measure(rows: list[int]) -> dict:
+        return plots.measure([run], [(line[rows], labels[rows], {3: "World", 5: "Sports"})])[0].to_dict("records")[0]
+
+    numbers = measure([*range(6)])
     assert numbers["knn_accuracy"] == pytest.approx(100 * 4 / 6)
+    monkeypatch.setattr(plots, "NEIGHBOURS", 3)
+    assert measure([*range(6)])["knn_accuracy"] == pytest.approx(100 * 3 / 6)
+    monkeypatch.setattr(plots, "NEIGHBOURS", 2)
+    assert measure([0, 1, 3])["knn_accuracy"] == pytest.approx(100 * 2 / 3)
     silhouettes = [1 - 4 / 35, 1 - 4 / 31, 1.5 / 9 - 1, 1 - 22 / 57, 1 - 22 / 63, 1 - 26 / 69]
     assert numbers["silhouette"] == pytest.approx(sum(silhouettes) / 6)
 
@@ -140,6 +146,8 @@ def test_panels_in_the_papers_order_with_their_numbers(tmp_path: Path, monkeypat
     before = {name: (tmp_path / name).read_bytes() for name in FILES}
     call(monkeypatch, tmp_path, "--model", "org/bert", "--dataset", "ag_news", "--frac", "1/4")
     assert before == {name: (tmp_path / name).read_bytes() for name in FILES}
+    chosen = {name: (tmp_path / name.replace("_ag_news", "_ag_news_25")).read_bytes() for name in FILES}
+    assert chosen == before  # beside it, since its degree was chosen
 
 
 # What is drawn stays if it is of the same runs with the same F1, newer than their vectors, and whole.
@@ -193,13 +201,13 @@ def test_which_four(tmp_path: Path) -> None:
 
 # Names are shown as they are: matplotlib would read what is between two dollars as mathematics, and fail on "$0_$".
 def test_names_with_dollars(tmp_path: Path) -> None:
-    names = {0: "$0-$50", 1: "a $0_$"}
+    names = ["$0-$50", "a $0_$"]
     numbers = pd.DataFrame([*PANELS], columns=["side", "percent"]).assign(model="$m_$", dataset="bert", variant="")
     numbers = numbers.assign(run=range(4), f1=94, silhouette=0, knn_accuracy=87.5, rows=2)
-    places = pd.DataFrame({"label": [0, 1], "x": [0, 1], "y": 0.0})
-    figure = plots.draw_figure_1(numbers, pd.concat([places.assign(run=run) for run in range(4)]), names)
+    places = pd.DataFrame({"label": [0, 1], "label_name": names, "x": [0, 1], "y": 0.0})
+    figure = plots.draw_figure_1(numbers, pd.concat([places.assign(run=run) for run in range(4)]))
     figure.draw_without_rendering()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(names.values())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
 
     cells = pd.DataFrame([CELL | {"model": "$m_$", "runs": "a"}]).assign(table="1")
     epochs = {"a": pd.DataFrame({"epoch": [1, 2], "weighted_f1": [0.5, 0.6]})}
@@ -211,8 +219,8 @@ def test_each_class_looks_like_its_name_in_the_legend() -> None:
     names = {label: f"class {label}" for label in range(20)}
     numbers = pd.DataFrame([*PANELS], columns=["side", "percent"]).assign(model="bert", dataset="tfnt", variant="")
     numbers = numbers.assign(run=range(4), f1=[94.126, 93, 92, 80], silhouette=-0.0001, knn_accuracy=87.5, rows=20)
-    places = pd.DataFrame({"label": range(20), "x": range(20), "y": 0.0})
-    figure = plots.draw_figure_1(numbers, pd.concat([places.assign(run=run) for run in range(4)]), names)
+    places = pd.DataFrame({"label": range(20), "label_name": names.values(), "x": range(20), "y": 0.0})
+    figure = plots.draw_figure_1(numbers, pd.concat([places.assign(run=run) for run in range(4)]))
     (legend,) = figure.legends
     shown = {
         text.get_text(): (to_hex(handle.get_color()), handle.get_marker())
@@ -273,7 +281,11 @@ BAD = {
         [],
         "run python grid.py --preset",
     ),
-    "three panels": (lambda top: (top / "vectors.npy").unlink(), [], "org/bert on ag_news (0 %, 25 % bottom, 100 %)"),
+    "three panels": (
+        lambda top: (top / "vectors.npy").unlink(),
+        [],
+        "org/bert on ag_news (uncorrupted, bottom 25 %, 100 %)",
+    ),
     "unknown model": (lambda top: None, ["--model", "bart"], "no figure --model bart: "),
     "unknown data set": (lambda top: None, ["--dataset", "sst2"], "no figure --dataset sst2: "),
     "unknown degree": (lambda top: None, ["--frac", "1/2"], "no figure --frac 1/2: "),

@@ -6,6 +6,7 @@ import re
 import shutil
 from base64 import b64decode
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -208,10 +209,7 @@ def test_the_recovered_share_by_hand() -> None:
     left = report.recovered_share(both)
     assert left[["side", "columns", "ours"]].to_numpy().tolist() == [["bottom", 2, 80.0], ["top", 2, 100.0]]
     assert left["reference"].isna().all()
-    sentence = "Fine-tuning gives back, of the uncorrupted model's F1, "
-    sentence += "80 % with the bottom 50 % of its layers re-initialised, 100 % with the top"
-    sentence += " (Table 1, averaged over 2 columns of model and data set)."
-    assert report.headline(left, "the paper") == sentence
+    assert report.headline(left)["ours"].tolist() == [80, 100] and report.headline(left[:0]).empty
     both_columns = report.recovered_share(
         report.join_reference(cells[cells["dataset"] == "sst2"], cells, by_variant=False)
     )
@@ -228,11 +226,9 @@ def test_variants_beside_the_reference() -> None:
     published = other[:1].assign(variant="")
     assert report.join_reference(cells, published, by_variant=False)["difference"].tolist() == [40.0, 30.0]
     # the deviation over our seeds stands beside ours alone
-    views = report.heat_maps(report.join_reference(cells.assign(f1_std=1.5), published, by_variant=False), "the paper")[
-        0
-    ]["views"]
-    first = [view["models"][0]["rows"][0]["numbers"][0]["text"] for view in views]
-    assert first == ["90.00 ± 1.50", "50.00", "+40.00"]
+    both = report.join_reference(cells.assign(f1_std=1.5), published, by_variant=False)
+    views = report.heat_maps(both, "the paper")["1"]
+    assert [view["numbers"][0]["text"] for view in views] == ["90.00 ± 1.50", "50.00", "+40.00"]
 
 
 # As wide as a column, 3.3 inches at 300 dots; the PDF's fonts are TrueType and embedded.
@@ -297,13 +293,14 @@ def test_a_table_without_a_published_counterpart(
 
 # The page draws Figure 1 where it is not there, shows none of other runs, and goes without where a panel is missing.
 def test_figure_1_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    runs = {folder.name for folder in add_four(tmp_path)}
+    runs = {folder.name: f1 for folder, f1 in zip(add_four(tmp_path), (94, 93, 92, 80), strict=True)}
     (figure,) = report.figures_1(tmp_path, runs)
-    assert (figure["title"], figure["stem"]) == ("org/bert on AG News", "figure1_org--bert_ag_news")
-    assert b64decode(figure["picture"])[1:4] == b"PNG" and [row["f1"] for row in figure["rows"]] == [94, 93, 92, 80]
-    assert [row["corruption"] for row in figure["rows"]] == ["uncorrupted", "top 25 %", "bottom 25 %", "100 %"]
+    assert figure["stem"] == "figure1_org--bert_ag_news" and b64decode(figure["picture"])[1:4] == b"PNG"
+    assert [(row["run"], row["f1"]) for row in figure["rows"]] == [*runs.items()]
     assert plots.write_figure_1(tmp_path, {}, again=False) == {}  # the page drew it
-    assert report.figures_1(tmp_path, runs - {figure["rows"][0]["run"]}) == []
+    (chosen,) = plots.write_figure_1(tmp_path, {"frac": Fraction(1, 4)})
+    assert [figure["stem"] for figure in report.figures_1(tmp_path, runs)] == [figure["stem"], chosen]
+    assert report.figures_1(tmp_path, {**runs, figure["rows"][0]["run"]: 95}) == []
     assert capsys.readouterr().err == ""
     for path in [*tmp_path.glob("figure1_*"), next(tmp_path.glob("runs/*/vectors.npy"))]:
         path.unlink()

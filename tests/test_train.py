@@ -19,6 +19,7 @@ import config
 import corrupt
 import data_prep
 import models
+import paper
 import run_dir
 import train
 from common import InputError, RunError
@@ -356,7 +357,7 @@ def test_the_head_has_its_own_stream(tiny_bert: Path) -> None:
 def test_the_papers_value_beside_ours() -> None:
     cell = {"model": "bert-base-uncased", "side": "bottom", "percent": 50.0, "dataset": "sst2", "pooling": "cls"}
     cell |= {"tuning": "full"}
-    line = train.compare_with_paper({"settings": cell, "weighted_f1": 0.8})
+    line = paper.compare(cell, 0.8)
     assert "Table 1 has 83.25 %" in line and line.endswith("-3.25")
     for change in ({"model": "minilm"}, {"tuning": "probe"}, {"pooling": "mean", "tuning": "probe"}):
-        assert train.compare_with_paper({"settings": cell | change, "weighted_f1": 0.8}) == "the paper has no such cell"
+        assert paper.compare(cell | change, 0.8) == "the paper has no such cell"
