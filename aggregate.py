@@ -10,8 +10,7 @@ of section 4.2; `bottom_top.csv`, bottom against top example by example.
 
 A cell that was not run is empty and counted as missing. Runs that differ in anything but learning rate and seed are
 never put into one cell: `variant` then says what differs, and the tables have rows for each. A run that cannot be read,
-or that another version of this code did, is named on stderr and left out; the exit code is then 1, and 2 if there is
-nothing to make a table of.
+or that another version of this code did, is named on stderr and left out; the exit code is then 1, and 2 without runs.
 """
 
 import json
@@ -19,8 +18,6 @@ import sys
 import zlib
 from contextlib import ExitStack
 from fractions import Fraction
-from functools import partial
-from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -36,8 +33,11 @@ RUN = [*CELL, "learning_rate", "seed"]
 ACROSS = r"(0|100)%"  # the corruption in rows that have one number for bottom and top
 PLACE = ["table", "model", "percent", "side", "dataset"]  # a cell of a paper table
 KNOWN = {"table": TABLES, "model": MODELS, "dataset": DATASETS}  # columns that have an order in paper.py
-warn = partial(print, file=sys.stderr)
 UNREADABLE = (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError)
+
+
+def warn(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], list[str], list[str]]:
@@ -172,7 +172,7 @@ def paper_table(cells: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
     across = cells["percent"].isin([0, 100])
     cells = pd.concat([cells[~across], *(cells[across].assign(side=side) for side in columns.levels[1])])
     table = cells.pivot(index=["model", "variant", "percent", "layers"], columns=["dataset", "side"], values="value")
-    table = table.reindex(columns=columns).fillna("")
+    table = table.reindex(columns=columns, fill_value="").fillna("")
     table.columns = [f"{dataset_title(name)} {side}" for name, side in columns]
     table.insert(0, "model", [f"{model_title(model)} {variant}".strip() for model, variant, *_ in table.index])
     table.insert(1, "corruption", [f"{part:g}% (1-{depth})" if depth else "0%" for *_, part, depth in table.index])
@@ -221,11 +221,12 @@ def compare(ours: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
 def claims_table(ours: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
     """A row for each table and claim: `holds` of `compared` in the paper, in ours, in ours at the paper's cells."""
     sources, rows = {"paper": paper, "ours": ours, "ours_in_paper": ours.merge(paper[PLACE], on=PLACE)}, []
-    for table, (number, claim) in product(TABLES, enumerate(CLAIMS)):
-        rows.append({"table": table, "claim": f"({number + 1}) {claim.short}"})
-        for name, cells in sources.items():
-            holds, compared = stats.count_claims(cells[cells["table"] == table])[number]
-            rows[-1] |= {f"{name}_holds": holds, f"{name}_compared": compared}
+    for table in TABLES:
+        counts = {name: stats.count_claims(cells[cells["table"] == table]) for name, cells in sources.items()}
+        for number, claim in enumerate(CLAIMS):
+            rows.append({"table": table, "claim": f"({number + 1}) {claim.short}"})
+            for name, of_claims in counts.items():
+                rows[-1] |= dict(zip((f"{name}_holds", f"{name}_compared"), of_claims[number], strict=True))
     return pd.DataFrame(rows)
 
 

@@ -164,9 +164,8 @@ def draw_all(both: pd.DataFrame, epochs: dict[str, pd.DataFrame], name: str, fol
 def choose_runs(output_dir: Path, choice: dict[str, object]) -> dict[tuple[str, str], list]:
     """The four runs, rows of results.csv in the panels' order, of each model and data set that has all four.
 
-    `choice` holds the model, data set and part of the layers (`frac`) to keep to, if any. The mildest degree comes
-    first, then the lowest seed; of several variants the one with the best F1 in panel (b). Raises InputError if there
-    are none.
+    `choice` may hold the model, data set and part of the layers (`frac`) to keep to. The mildest degree comes first,
+    then the lowest seed; of several variants the one with the best F1 in panel (b). Raises InputError if none has them.
     """
     results = output_dir / "results.csv"
     if not results.is_file():

@@ -159,11 +159,11 @@ def figures_1(output_dir: Path, f1_of: dict[str, float]) -> list[dict]:
         except InputError as error:
             print(f"Figure 1: {one_line(error)}", file=sys.stderr)
     figures = []
-    for path in sorted(output_dir.glob("figure1_*_numbers.csv")):
-        stem = path.name.removesuffix("_numbers.csv")
+    for stem in sorted(path.name.removesuffix("_numbers.csv") for path in output_dir.glob("figure1_*_numbers.csv")):
         if not plots.is_current(output_dir, stem, f1_of):
             continue  # of runs that are no longer there
-        numbers, dots, picture = read_csv(path), read_csv(output_dir / f"{stem}.csv"), BytesIO()
+        numbers, dots = (read_csv(output_dir / f"{stem}{end}.csv") for end in ("_numbers", ""))
+        picture = BytesIO()
         plots.draw_figure_1(numbers, dots, across=2).savefig(picture, format="png")
         picture = b64encode(picture.getvalue()).decode()
         figures.append({"stem": stem, "picture": picture, "rows": numbers.to_dict("records")})

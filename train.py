@@ -413,9 +413,10 @@ def silence_libraries() -> None:
         logger.handlers, logger.propagate = [], True
         logger.setLevel(logging.WARNING)
     logging.getLogger("transformers.trainer").setLevel(logging.INFO)
-    console = logging.StreamHandler()
-    console.setLevel(logging.ERROR)
-    logging.basicConfig(handlers=[console])
+    if not in_worker():
+        console = logging.StreamHandler()
+        console.setLevel(logging.ERROR)
+        logging.basicConfig(handlers=[console])
 
 
 def main() -> None:

@@ -564,26 +564,21 @@ BAD = {
 }
 
 
-# Named in one line, left out of the numbers; the rest is written, and the exit code is 1.
+# Named in one line and left out of the numbers; the rest is there.
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_runs(bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_bad_runs(bad: str, tmp_path: Path) -> None:
     write_result(tmp_path, BASE, "none", 0, "sst2", 92)
     run = write_result(tmp_path, BASE, "none", 0, "imdb", 82)
     harm, reason = BAD[bad]
     harm(run)
-    message = run_main(tmp_path, monkeypatch)
-    assert (
-        isinstance(message, str)
-        and message.startswith(f"{run} is left out: ")
-        and reason in message
-        and "\n" not in message
-    )
-    datasets = pd.read_csv(tmp_path / "results.csv")["dataset"].tolist()
-    assert datasets == (["imdb", "sst2"] if bad == "failure cut off" else ["sst2"])
-    assert "-> " in capsys.readouterr().out.splitlines()[-1]
+    runs, predictions, _, (message,) = aggregate.read_runs(tmp_path)
+    assert message.startswith(f"{run} is left out: ") and reason in message and "\n" not in message
+    assert runs["dataset"].tolist() == (["imdb", "sst2"] if bad == "failure cut off" else ["sst2"])
+    assert set(runs["run"]) == set(predictions)
 
 
-# A copy of a run is not a second seed. Where nothing can be read the exit code is 2, and no table is written.
+# A copy of a run is not a second seed; what is left out is named, and the exit code is 1. Where nothing can be read it
+# is 2, and no table is written.
 def test_a_copied_run_and_only_bad_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 from conftest import run_of
+from filelock import FileLock
 
 import config
 import cost
@@ -94,57 +96,66 @@ def test_gpus_and_threads(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     assert {gpus[runs[0].name], gpus[runs[1].name]} == {"4", "7"} and gpus[runs[2].name] in ("4", "7")
 
 
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE  # whoever adopts it takes its time
+    except psutil.NoSuchProcess:
+        return True
+
+
 def hear_ctrl_c() -> None:
     """In a process that begins: what the shell that started the tests may have set to be ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@contextlib.contextmanager
-def started_grid(flags: list[str], folder: Path) -> Iterator[psutil.Popen]:
-    """A grid in a process group of its own, called from another folder; its run would take hours."""
-    flags = [*flags, "--preset", "demo", "--frac", "0", "--tuning", "full", "--num_train_epochs", "100000"]
-    folder.mkdir()
-    with (folder / "said").open("w") as said:
-        grid = psutil.Popen(
-            [sys.executable, str(ROOT / "grid.py"), *flags, "--output_dir", "outputs"],
-            cwd=folder,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-            preexec_fn=hear_ctrl_c,
-        )
+# Ctrl-C ends a grid with one line and exit code 130, and leaves no process. Its runs are forked from a server that has
+# imported what they need, also if the grid is called from another folder.
+def test_ctrl_c(flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, "--frac", "0", "--tuning", "full", "--num_train_epochs", "100000", "--output_dir", "outputs"]
+    command = [sys.executable, str(ROOT / "grid.py"), *flags]
+    with (tmp_path / "said").open("w") as said:
+        group = {"start_new_session": True, "preexec_fn": hear_ctrl_c}
+        grid = psutil.Popen(command, cwd=tmp_path, stdout=said, stderr=said, **group)
+    started = []
     try:
-        yield grid
+        wait_until(lambda: list(tmp_path.glob("outputs/unfinished/*/now.json")) or grid.poll() is not None)
+        started = grid.children(recursive=True)
+        (server,) = [child for child in grid.children() if "forkserver" in " ".join(child.cmdline())]
+        assert len(server.children()) == 1 and any("libtorch" in file.path for file in server.memory_maps())
+        os.killpg(grid.pid, signal.SIGINT)
+        assert grid.wait(LIMIT) == 130
+        wait_until(lambda: all(map(has_ended, started)))
     finally:
-        for process in [*grid.children(recursive=True), grid] if grid.poll() is None else []:
+        for process in [*started, grid]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        grid.wait()
-
-
-# Ctrl-C ends a grid with one line and exit code 130; one that is killed says nothing. Neither leaves a process. Runs
-# are forked from a server that has imported all, also if the grid is called from another folder.
-def test_no_process_outlives_its_grid(flags: list[str], tmp_path: Path) -> None:
-    folders = [tmp_path / "cut off", tmp_path / "killed"]
-    with started_grid(flags, folders[0]) as cut_off, started_grid(flags, folders[1]) as killed:
-        for grid, folder in zip((cut_off, killed), folders, strict=True):
-            wait_until(lambda: len(list(folder.glob("outputs/unfinished/*/now.json"))) == 1)  # noqa: B023
-            started = grid.children(recursive=True)
-            (server,) = [child for child in grid.children() if "forkserver" in " ".join(child.cmdline())]
-            assert len(server.children()) == 1 and any("libtorch" in file.path for file in server.memory_maps())
-            if grid is cut_off:
-                os.killpg(grid.pid, signal.SIGINT)
-            else:
-                grid.kill()
-            _, alive = psutil.wait_procs([grid, *started], LIMIT)
-            for process in alive:
-                process.kill()
-            assert alive == [] and grid.returncode == (130 if grid is cut_off else -signal.SIGKILL)
-    there, *said = (folders[0] / "said").read_text().splitlines()
+    there, *said = (tmp_path / "said").read_text().splitlines()
     assert there == "1 runs: 0 are there, 1 to do"
     assert len(said) == 1 and said[0].startswith("interrupted: the same command goes on")
-    assert list((folders[0] / "outputs" / "unfinished").iterdir()) == []
-    assert (folders[1] / "said").read_text() == f"{there}\n"
+    assert list((tmp_path / "outputs" / "unfinished").iterdir()) == []
+
+
+def do_in_pool(run: config.Run) -> None:
+    list(executors.LocalPool(WorkerLayout(1, 1)).run_all([run]))
+
+
+# A run's process ends when that of the grid is killed, though nobody tells it.
+def test_a_killed_grid(flags: list[str]) -> None:
+    run = run_of([*flags, "--num_train_epochs", "100000"])
+    executors.start_server()
+    grid = multiprocessing.get_context("forkserver").Process(target=do_in_pool, args=(run,))
+    grid.start()
+    started = []
+    try:
+        wait_until((run.work_dir / "now.json").exists)
+        started = psutil.Process(grid.pid).children(recursive=True)
+        grid.kill()
+        wait_until(lambda: all(map(has_ended, started)))
+    finally:
+        for process in [*started, grid]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    assert len(started) >= 2 and FileLock(f"{run.work_dir}.lock").acquire(timeout=0)
 
 
 # A machine that sees the output folder writes there; one that does not gets the rows and sends the result. Both give

@@ -127,15 +127,24 @@ def test_order(flags: list[str], capsys: pytest.CaptureFixture) -> None:
         "long": ["--num_train_epochs", "9"],
         "failing": ["--num_train_epochs", "8", "--seed", "2"],
         "probe": probe,
+        "shortest": ["--max_steps", "1", "--per_device_train_batch_size", "16"],
         "its other rate": [*probe, "--learning_rate", "1e-2"],
     }
     runs = {run_of([*flags, *change]).name: name for name, change in changes.items()}
     pool = Pool()
     assert grid.dispatch([run_of([*flags, *change]) for change in changes.values()], pool) == ["seed 2"]
     (first, wait), (last, wait_at_last) = pool.asked
-    assert [runs[run.name] for run in first] == ["long", "failing", "busy", "short", "probe", "its other rate"]
+    assert [runs[run.name] for run in first] == [
+        "long",
+        "failing",
+        "busy",
+        "short",
+        "probe",
+        "shortest",
+        "its other rate",
+    ]
     assert [runs[run.name] for run in last] == ["busy"] and (wait, wait_at_last) == (False, True)
-    assert [line.partition("]")[0] for line in capsys.readouterr().out.splitlines()][-1] == "[6 of 6"
+    assert [line.partition("]")[0] for line in capsys.readouterr().out.splitlines()][-1] == "[7 of 7"
 
 
 # A model that cannot be had is asked for once, not for each of its runs; not one run is left, so the reason is told.

@@ -83,7 +83,7 @@ def test_the_console_of_a_single_run(
     out, err = capsys.readouterr()
     assert out.count("'eval_weighted_f1'") == 2 and "weighted F1" in out.splitlines()[-3]
     assert "Running training" not in out + err and ("6/6" in err) == bar
-    log = (run_of(flags).folder / "log.txt").read_text()
+    log = (run_of(flags).folder / "log.txt").read_bytes().decode()
     assert log.count("'eval_weighted_f1'") == 2 and "INFO transformers.trainer" in log
     assert not CONTROL.search(log) and log.count("\r") == 0
 
