@@ -26,7 +26,7 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from common import USER_ERRORS, InputError, atomic_write, file_lock, make_parser, one_line
+from common import USER_ERRORS, InputError, RunError, atomic_write, file_lock, make_parser, one_line
 from data_sources import DATASETS, DEMO, HELP, DatasetSpec, Frames, explain, is_text, own_source, read_source, refuse
 
 SPLIT_VERSION = 2  # raise it when the same source would give other rows: prepared sets are then made again
@@ -333,11 +333,14 @@ def locked(name: str, data_dir: str | Path) -> Iterator[None]:
         yield
 
 
-def load(name: str, data_dir: str | Path = "data") -> datasets.DatasetDict:
-    """The prepared set. Raises InputError if its rows are not those that its manifest's fingerprint stands for."""
+def load(name: str, data_dir: str | Path = "data", planned: str | None = None) -> datasets.DatasetDict:
+    """The prepared set. Raises InputError if its rows are not those that its manifest's fingerprint stands for, and
+    RunError if that is not the one that was `planned`."""
     folder = Path(data_dir) / name
     with locked(name, data_dir):
         record = manifest(name, data_dir)
+        if planned not in (None, record["fingerprint"]):
+            raise RunError(f"{name} was prepared anew after this run was planned: start it again")
         with explain(f"{folder} cannot be read: delete it and prepare it again", OSError, ValueError):
             data = datasets.load_from_disk(str(folder))
             if fingerprint(data) == record["fingerprint"]:

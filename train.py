@@ -259,10 +259,9 @@ def run_training(run: Run) -> dict:
         started = time.perf_counter()
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % of the time and repeats nothing
-        data = data_prep.load(run.config.dataset, run.config.data_dir)
-        if data_prep.manifest(run.config.dataset, run.config.data_dir)["fingerprint"] != run.data["fingerprint"]:
-            raise RunError(f"{run.config.dataset} was prepared anew after this run was planned: start it again")
+        data = data_prep.load(run.config.dataset, run.config.data_dir, run.data["fingerprint"])
         trainer, order, corruption, speed, tokens, predicted = prepare_run(run, data)
+        device = device_of(trainer.args)
 
         checkpoint, before = (run_dir.last_checkpoint(run) if run.config.resume else None) or (None, {})
         timer, resumed_from = callbacks.TrainTimer(before.get("trained", 0.0)), before.get("resumed_from", [])
@@ -272,7 +271,7 @@ def run_training(run: Run) -> dict:
 
         def progress() -> dict:
             """What a process that goes on from here must know, besides the Trainer's own checkpoint."""
-            part = {"until_epoch": trainer.state.epoch, "device": device_of(trainer.args), "commit": git_commit()}
+            part = {"until_epoch": trainer.state.epoch, "device": device, "commit": git_commit()}
             return {
                 "predicted": [classes.tolist() for classes in predicted],
                 "data_order": trainer.data_order.get_state().tolist(),
@@ -332,7 +331,7 @@ def run_training(run: Run) -> dict:
             "resumed_from": resumed_from,
             "seconds": {"train": timer.seconds, "evaluate": evaluating, "total": total},
             "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "device": device_of(trainer.args),
+            "device": device,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "commit": git_commit(),
             "files": run_dir.list_files(new),
