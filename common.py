@@ -101,6 +101,11 @@ def fail(error: BaseException) -> NoReturn:
 def fraction(text: str) -> Fraction:
     """A part of the layers for argparse: 0.5 or 1/3."""
     try:
-        return Fraction(text)
+        frac = Fraction(text)
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text} is not a part of the layers: give one such as 0.5 or 1/3") from None
+        frac = Fraction(-1)
+    if not 0 <= frac <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a part of the layers, from 0 to 1: give one such as 0.5 or 1/3"
+        )
+    return frac

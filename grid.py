@@ -150,23 +150,30 @@ def find_run(wanted: RunConfig) -> Run | None:
     return run if run and run_dir.load_valid_result(run, digests=False) else None
 
 
+def check(wanted: RunConfig) -> None:
+    """Check a run that is missing. Raises InputError."""
+    import train  # here, and not at the top: it takes two seconds, for nothing if nothing is missing
+
+    train.check(wanted)
+
+
 def list_runs(runs: list[RunConfig], layout: executors.WorkerLayout) -> None:
     """The dry run: each run as the command that does it alone, and what those that are missing will cost."""
     missing, notes = [], {}
     for run in runs:
         if not data_prep.up_to_date(run.dataset, run.data_dir):
-            notes[run.dataset] = "not prepared: its tokens are at most those counted"
+            notes[f"{run.dataset} is not prepared: its tokens are at most those counted"] = run
         done = None
-        if run.model not in notes:
-            try:
-                done = find_run(run)
-            except InputError:
-                notes[run.model] = "not on this machine yet"
+        try:
+            done = find_run(run)
+            if not done:
+                check(run)
+        except InputError as error:
+            notes[str(error)] = run
         if not done:
             missing.append(run)
         print(f"{'done   ' if done else 'missing'} python train.py {shlex.join(run.flags())}")
-    for name, note in notes.items():
-        print(f"{name} is {note}")
+    print(*notes, sep="\n", end="\n" if notes else "")
     print(f"{len(runs)} runs: {len(runs) - len(missing)} are there, {len(missing)} to do")
     if missing:
         print(f"{cost.predict(missing, layout.processes, layout.threads)} with {layout}")
@@ -185,9 +192,7 @@ def find_missing(runs: list[RunConfig]) -> tuple[list[Run], list[str], int]:
                 raise lost[wanted.dataset]
             run = find_run(wanted)
             if run is None:
-                import train  # here, and not at the top: it takes two seconds, for nothing if nothing is missing
-
-                train.check(wanted)
+                check(wanted)
                 try:
                     run = resolve.resolve_run(wanted)
                 except InputError as error:

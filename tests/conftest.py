@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -48,6 +49,8 @@ def random_model(architecture: str, folder: Path, **changes: object) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
     train.silence_libraries()
+    gc.collect()
+    gc.freeze()  # the Trainer collects garbage often, and what was imported need not be looked at each time
 
 
 @pytest.fixture(scope="session")
