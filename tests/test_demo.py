@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import run_of
 
 import data_prep
@@ -106,9 +107,11 @@ def test_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 # The demo's run of the uncorrupted model on the 160 and 150 rows of BBC News, as the grid does it. The last digits
 # depend on the machine and on the number of threads.
 def test_a_number_of_the_demo(tmp_path: Path) -> None:
+    torch.set_num_threads(os.cpu_count())
     data_prep.prepare("bbc_news", data_dir=tmp_path / "data")
     flags = ["--model", "minilm", "--dataset", "bbc_news", "--learning_rate", "2e-4", "--num_train_epochs", "2"]
     flags += ["--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "outputs")]
     result = train.run_training(run_of(flags))
     assert result["data"]["rows"] == {"train": 160, "test": 150}
     assert result["weighted_f1"] == pytest.approx(0.8507, abs=0.06)
+    torch.set_num_threads(1)
