@@ -185,7 +185,7 @@ def count_missing(table: pd.DataFrame) -> int:
 
 
 def markdown(cells: pd.DataFrame) -> str:
-    """One table in Markdown, which has no red: a dagger takes its place."""
+    """One table in Markdown; a dagger stands for red."""
     table = paper_table(cells, format_cells(cells, "**{}**", "{}†"))
     legend = "\n\n† collapsed: at least 99 % of the predictions are one class, in one run of the cell or more"
     text = table.to_markdown(index=False, disable_numparse=True)
@@ -271,7 +271,7 @@ def main() -> None:
             for name, text in files.items():
                 stack.enter_context(atomic_write(output_dir / name)).write_text(text)
         for name in {f"table{n}.{kind}" for n in TABLES for kind in ("csv", "md", "tex")} - files.keys():
-            (output_dir / name).unlink(missing_ok=True)  # of runs that are no longer there
+            (output_dir / name).unlink(missing_ok=True)  # of runs that are gone
     except (InputError, OSError) as error:
         parser.error(str(error))
     for n in tables:

@@ -20,7 +20,7 @@ from config import Run
 
 
 class StopIfDiverged(TrainerCallback):
-    """Ends a run whose loss is no longer a number: its F1 would be that of a constant."""
+    """Ends a run whose loss is not a number: its F1 would be that of a constant."""
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: object

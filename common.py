@@ -29,7 +29,7 @@ USER_ERRORS = (InputError, RunError, OSError)  # told in one line, with exit cod
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message in one line; the error's class where it has no message."""
+    """The error's message in one line, or the error's class if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -78,7 +78,7 @@ def git_commit() -> str | None:
 
 
 def in_worker() -> bool:
-    """Whether this is one of the processes that do a grid's runs: it has no console."""
+    """Whether this is one of the processes that do a grid's runs: its output goes to a log."""
     return multiprocessing.parent_process() is not None
 
 

@@ -178,8 +178,8 @@ class RunConfig:
     def flags(self) -> list[str]:
         """The flags of train.py that say this; model and data set first, then those that are not at their default."""
         own = {name: getattr(self, name) for name in FIELDS}
-        given = {name: v for name, v in own.items() if name in ("model", "dataset") or v != FIELDS[name].default}
-        given = {"model": self.model, "dataset": self.dataset} | given | self.trainer
+        changed = {name: value for name, value in own.items() if value != FIELDS[name].default}
+        given = {"model": self.model, "dataset": self.dataset} | changed | self.trainer
         kinds = {dict: json.dumps, list: json.dumps, float: exact}
         texts = {name: kinds.get(type(v), str)(v) for name, v in given.items()}
         words = [[f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text] for name, text in texts.items()]

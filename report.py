@@ -161,7 +161,7 @@ def figures_1(output_dir: Path, f1_of: dict[str, float]) -> list[dict]:
     figures = []
     for stem in sorted(path.name.removesuffix("_numbers.csv") for path in output_dir.glob("figure1_*_numbers.csv")):
         if not plots.is_current(output_dir, stem, f1_of):
-            continue  # of runs that are no longer there
+            continue  # of runs that are gone
         numbers, dots = (read_csv(output_dir / f"{stem}{end}.csv") for end in ("_numbers", ""))
         picture = BytesIO()
         plots.draw_figure_1(numbers, dots, across=2).savefig(picture, format="png")

@@ -48,8 +48,8 @@ def load_valid_result(run: Run, digests: bool = True) -> dict | None:
         return refuse(f"{run.folder} was made with {was}")
     for name, expected in recorded:
         try:
-            size, file = (run.folder / name).stat().st_size, run.folder / name
-            intact = size == expected["bytes"] and (not digests or sha256_of(file) == expected["sha256"])
+            file = run.folder / name
+            intact = file.stat().st_size == expected["bytes"] and (not digests or sha256_of(file) == expected["sha256"])
         except (OSError, KeyError, TypeError):
             intact = False
         if not intact:
