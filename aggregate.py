@@ -5,112 +5,179 @@
 
 Written to the output folder, F1 weighted and in percent as in the paper (arXiv 2406.14459): `results.csv`, a row for
 each run; `cells.csv`, a row for each cell; `table1` and `3`, `4`, `5` in the paper's layout, as .csv, .md and .tex, if
-they have runs; `comparison.csv`, ours beside the paper's 320 cells; `claims.csv`, how many comparisons hold each claim
-of section 4.2; `bottom_top.csv`, bottom against top example by example.
+they have runs; `table2.csv`, the data sets of the runs; `comparison.csv`, ours beside the paper's 320 cells;
+`claims.csv`, how many comparisons hold each claim of section 4.2; `bottom_top.csv`, bottom against top example by
+example.
 
-A cell that was not run is empty and counted as missing. Runs that differ in anything but learning rate and seed are
-never put into one cell: `variant` then says what differs, and the tables have rows for each. A run that cannot be read,
-or that another version of this code did, is named on stderr and left out; the exit code is then 1, and 2 without runs.
+A cell that was not run is empty and counted as missing, and so are runs that a grid was asked for. Runs that differ in
+anything but learning rate and seed are never put into one cell: `variant` then says what differs, and the tables have
+rows for each. Every score is computed again from the run's predictions. A run that is not as it was written, or that
+another version of this code did, is named on stderr and left out; the exit code is then 1, and 2 without runs.
 """
 
 import json
+import math
+import signal
 import sys
-import zlib
 from contextlib import ExitStack
-from fractions import Fraction
 from pathlib import Path
 
 import pandas as pd
 from pandas.api.typing import DataFrameGroupBy
 
+import data_sources
+import run_dir
 import stats
-from common import InputError, atomic_write, make_parser, one_line, sha256_of
-from config import NEUTRAL_VALUES, RESULTS_VERSION
-from paper import CLAIMS, DATASETS, MODELS, TABLES, dataset_title, model_title, published_cells, table_of
+from common import InputError, atomic_write, make_parser, one_line
+from config import NEUTRAL_VALUES
+from paper import CLAIMS, DATASETS, LAYERS, MODELS, TABLES, dataset_title, model_title, published_cells, table_of
 
 CELL = ["model", "variant", "side", "percent", "dataset", "pooling", "tuning"]
 RUN = [*CELL, "learning_rate", "seed"]
 ACROSS = r"(0|100)%"  # the corruption in rows that have one number for bottom and top
 PLACE = ["table", "model", "percent", "side", "dataset"]  # a cell of a paper table
 KNOWN = {"table": TABLES, "model": MODELS, "dataset": DATASETS}  # columns that have an order in paper.py
-UNREADABLE = (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError)
+LAYERS_OF = "(1-3): the layers, counted from the bottom, or from the top where the top is corrupted"
+NUMBER, COUNTS = int | float, {"any": int}
+# What is read of a result.json, and its type.
+FORM = {
+    **dict.fromkeys(("weighted_f1", "accuracy", "best_epoch"), NUMBER),
+    "epochs": int,
+    "command": str,
+    "commit": str | None,
+    "finished": str,
+    "settings": {
+        **dict.fromkeys(("model", "model_fingerprint", "dataset", "data_fingerprint", "side", "pooling", "tuning"), str),
+        **{"percent": NUMBER, "learning_rate": NUMBER, "seed": int},
+    },
+    "model": {"revision": str | None},
+    "data": {
+        "request": dict.fromkeys(("train_size", "test_size", "seed"), int | None),
+        **{"dropped": COUNTS, "rows": {"train": int, "test": int}, "rows_per_class": {"train": COUNTS, "test": COUNTS}},
+    },
+    "corruption": {"num_layers": int, "layers": list},
+    "resumed_from": list,
+    "seconds": {"total": NUMBER},
+    "device": {"type": str, "name": str, "threads": int},
+    "versions": dict.fromkeys(("python", "torch", "transformers"), str),
+}
 
 
 def warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], list[str], list[str]]:
-    """A row for each finished run, each run's predictions, and a line for each that failed and each that is left out.
+def why(error: BaseException) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+
+
+def read_failures(output_dir: Path) -> tuple[dict[str, str], list[str]]:
+    """Why each run failed, and a line for each failure.json that cannot be read."""
+    failures, problems = {}, []
+    for path in sorted(output_dir.glob("runs/*/failure.json")):
+        try:
+            reason = json.loads(path.read_text(encoding="utf-8"))["reason"]
+            check_form(reason, str, "reason")
+            failures[path.parent.name] = " ".join(reason.split())
+        except run_dir.UNREADABLE as error:
+            problems.append(f"{path} cannot be read: {why(error)}; delete it")
+    return failures, problems
+
+
+def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], pd.DataFrame, list[str]]:
+    """A row for each run, each run's predictions at its best epoch, Table 2, and a line for each run that is left out.
 
     F1, accuracy and shares are in percent; the rows are sorted, so that the order of the folders does not matter.
     """
-    settings, rows, predictions, failures, problems = {}, {}, {}, [], []
-    for path in sorted([*output_dir.glob("runs/*/result.json"), *output_dir.glob("runs/*/failure.json")]):
-        name, file = path.parent.name, path.name
+    rows, others, predictions, manifests, problems = {}, {}, {}, {}, []
+    for folder in sorted(output_dir.glob("runs/*/")):
+        run = folder.name
         try:
-            result = json.loads(path.read_text())
-            if file == "failure.json":
-                failures.append(f"failed: {name}: {result['reason']}")
+            files = {path.name for path in folder.iterdir()}
+            if not files or ("failure.json" in files and "result.json" not in files):
                 continue
-            row = {**result_row(result), "run": name}
-            for file in ("epochs.csv", "predictions.csv.gz"):
-                if sha256_of(path.with_name(file)) != result["files"][file]["sha256"]:
-                    raise ValueError("not what the run wrote")
-            file = "epochs.csv"
-            row |= stats.picked_on_halves(pd.read_csv(path.with_name(file)), result["epochs"])
-            file = "predictions.csv.gz"
-            frame = pd.read_csv(path.with_name(file), usecols=["row", "label", "prediction"], dtype="int32")
-            row |= stats.collapse_stats(frame)
-            settings[name], rows[name], predictions[name] = result["settings"], row, frame
-        except UNREADABLE as error:
-            why = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
-            problems.append(f"{path.parent} is left out: {file}: {why}; delete the folder and do the run again")
+            result = run_dir.read_result(folder)
+            row, other = result_row(result), other_settings(result)
+            epochs, by_epoch = run_dir.read_evidence(folder, result)
+            best = by_epoch[f"epoch_{epochs['weighted_f1'].idxmax() + 1}"]
+            frame = by_epoch[["row", "label"]].astype({"row": "int32"}).assign(prediction=best)
+            row |= stats.picked_on_halves(epochs) | stats.collapse_stats(frame) | {"run": run}
+        except run_dir.UNREADABLE as error:
+            problems.append(f"{folder} is left out: {why(error)}; delete the folder and do the run again")
+            continue
+        rows[run], others[run], predictions[run] = row, other, frame
+        about = {name: row[name] for name in ("dataset", "data_fingerprint")}
+        names = ("dropped", "rows", "rows_per_class")
+        manifests[*about.values()] = {"dataset": row["dataset"], "fingerprint": row["data_fingerprint"]} | {
+            name: result["data"][name] for name in names
+        }
     if not rows:
         advice = f"{output_dir}/runs holds no result: run bash run_all.sh, or python train.py, first"
-        raise InputError("\n".join([*problems, *failures, advice]))
+        raise InputError("\n".join([*problems, advice]))
     runs = pd.DataFrame(rows.values(), index=list(rows))
-    runs.insert(1, "variant", variants(runs, settings))
-    runs = runs.sort_values([*RUN, "run"], ignore_index=True)
-    copies = runs.duplicated(RUN)
-    problems += [f"{output_dir}/runs/{run} is left out: another has the same settings" for run in runs["run"][copies]]
-    return runs[~copies].reset_index(drop=True), predictions, failures, problems
+    runs.insert(1, "variant", variants(runs, pd.DataFrame(others.values(), index=list(others)).fillna("null")))
+    table2 = data_sources.table2(record for _, record in sorted(manifests.items()))
+    return runs.sort_values([*RUN, "run"], ignore_index=True), predictions, table2, problems
+
+
+def check_form(value: object, form: object, name: str) -> None:
+    """Raises ValueError, or KeyError, if a value that was read from JSON is not of this form, as in FORM."""
+    if isinstance(form, dict):
+        for key in value if form is COUNTS else form:
+            check_form(value[key], form.get(key, int), key)
+    elif not isinstance(value, form) or isinstance(value, bool) or (form is NUMBER and not math.isfinite(value)):
+        raise ValueError(f"its {name} cannot be {value!r:.40}")
+    elif isinstance(value, str):
+        value.encode()  # half of a surrogate pair cannot be written
 
 
 def result_row(result: dict) -> dict:
     """A run's row, from its result.json. Raises what is in UNREADABLE if a field is missing or makes no sense."""
-    settings = result["settings"]
-    if (version := settings.get("results_version")) != RESULTS_VERSION:
-        raise ValueError(f"its results_version is {version}, this code's is {RESULTS_VERSION}")
-    if not (0 <= result["weighted_f1"] <= 1 and 0 <= result["accuracy"] <= 1):
-        raise ValueError("weighted_f1 or accuracy is not from 0 to 1")
-    layers = round(Fraction(settings["frac"]) * result["corruption"]["num_layers"])
+    check_form(result, FORM, "result")
+    settings, corruption = result["settings"], result["corruption"]
+    for name, neutral in NEUTRAL_VALUES.items():
+        value, number = settings.get(name, neutral), isinstance(neutral, NUMBER) and not isinstance(neutral, bool)
+        if neutral is not None and type(value) not in ((int, float) if number else (type(neutral),)):
+            raise ValueError(f"its {name} cannot be {value!r:.40}")
+    side, percent, depth = settings["side"], settings["percent"], len(corruption["layers"])
+    sides = {0: ("none",), 100: ("all",)}.get(percent, ("bottom", "top"))
+    if side not in sides or not 0 <= percent <= 100 or depth != round(percent / 100 * corruption["num_layers"]):
+        raise ValueError(f"{depth} corrupted layers of {corruption['num_layers']} are not {side} {percent} %")
     row = {name: settings[name] for name in RUN if name != "variant"}
-    row |= {"layers": layers, "f1": 100 * result["weighted_f1"], "accuracy": 100 * result["accuracy"]}
+    row |= {"layers": depth, "f1": 100 * result["weighted_f1"], "accuracy": 100 * result["accuracy"]}
     row |= {name: result[name] for name in ("best_epoch", "epochs", "commit")}
     row |= {"seconds": round(result["seconds"]["total"], 1), "device": result["device"]["name"]}
     row |= {name: result["versions"][name] for name in ("torch", "transformers")}
     return row | {name: settings[name] for name in ("model_fingerprint", "data_fingerprint")}
 
 
-def other_settings(settings_of: dict[str, dict]) -> pd.DataFrame:
-    """Each run's settings as JSON, beside those of RUN; what its result lacks has the value that it was made with."""
-    rows = [own | {k: v for k, v in NEUTRAL_VALUES.items() if k not in own} for own in settings_of.values()]
-    others = pd.DataFrame(rows, index=list(settings_of)).drop(columns=[*RUN, "frac"], errors="ignore").astype(object)
-    return others.where(others.notna(), None).map(lambda value: json.dumps(value, sort_keys=True))
+def other_settings(result: dict) -> dict[str, str]:
+    """A run's settings as JSON, beside those of RUN; what its result lacks has the value that it was made with."""
+    request = result["data"]["request"]
+    prepared = {"train_size": request["train_size"], "test_size": request["test_size"], "split_seed": request["seed"]}
+    settings = NEUTRAL_VALUES | prepared | result["settings"]
+    return {name: json.dumps(value).strip('"') for name, value in settings.items() if name not in (*RUN, "frac")}
 
 
-def variants(runs: pd.DataFrame, settings_of: dict[str, dict]) -> pd.Series:
-    """What sets a run apart from others of its model, data set and table, beside its cell, learning rate and seed."""
-    by = [runs[name] for name in ("model", "dataset", "pooling", "tuning")]
-    own = other_settings(settings_of).map(lambda value: value.strip('"'))
-    differs = own.groupby(by).transform("nunique") > 1
-    texts = own.apply(lambda column: column.str[:8] if column.name.endswith("_fingerprint") else column)
-    variant = [", ".join(f"{name}={texts.at[run, name]}" for name in own if differs.at[run, name]) for run in own.index]
-    variant = pd.Series(variant, index=own.index)
-    for column, kinds in variant.groupby(by):
+def variants(runs: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
+    """What sets a run apart from others of its cell, beside learning rate and seed; one name for all data sets.
+
+    A setting that differs between the runs of one data set is named for all of the model's runs with that pooling and
+    tuning. Of several versions of a data set that no setting tells apart, the one with the most runs is not named.
+    """
+    by, dataset = [runs[name] for name in ("model", "pooling", "tuning")], runs["dataset"]
+    variant, data = pd.Series("", index=runs.index), others.pop("data_fingerprint")
+    for name in others.columns[others.nunique() > 1]:
+        differs = others[name].groupby([*by, dataset]).transform("nunique").gt(1).groupby(by).transform("any")
+        text = others[name].str[:8] if name == "model_fingerprint" else others[name]
+        variant += (f", {name}=" + text).where(differs, "")
+    most = data.groupby([*by, dataset, variant]).transform(lambda versions: versions.mode()[0])
+    variant += (", data_fingerprint=" + data.str[:8]).where(data != most, "")
+    variant = variant.str.removeprefix(", ")
+    for of_model, kinds in variant.groupby(by):
         if kinds.nunique() > 1:
-            warn(f"{' '.join(column)}: runs of different settings are kept apart: {' | '.join(sorted(set(kinds)))}")
+            names = " | ".join(name or "the others" for name in sorted(set(kinds)))
+            warn(f"{' '.join(of_model)}: runs of different settings are kept apart: {names}")
     return variant
 
 
@@ -124,7 +191,7 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
     cells["table"] = pd.array(tables, dtype="str")
     columns = ["f1", "f1_std", "cross_fitted", "selection_bias", "seeds"]
     columns += ["learning_rate", "learning_rates_tried", "lr_at_grid_edge"]
-    return cells[["table", *CELL, *columns, "collapsed", "collapsed_runs", "constant_f1", "layers", "runs"]]
+    return cells[["table", *CELL, *columns, "collapsed", "collapsed_runs", "constant_f1", "guessing_f1", "layers", "runs"]]
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -173,8 +240,8 @@ def paper_table(cells: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
     cells = pd.concat([cells[~across], *(cells[across].assign(side=side) for side in columns.levels[1])])
     table = cells.pivot(index=["model", "variant", "percent", "layers"], columns=["dataset", "side"], values="value")
     table = table.reindex(columns=columns, fill_value="").fillna("")
-    table.columns = [f"{dataset_title(name)} {side}" for name, side in columns]
-    table.insert(0, "model", [f"{model_title(model)} {variant}".strip() for model, variant, *_ in table.index])
+    table.columns = [" ".join(f"{dataset_title(name)} {side}".split()) for name, side in columns]
+    table.insert(0, "model", [" ".join(f"{model_title(name)} {variant}".split()) for name, variant, *_ in table.index])
     table.insert(1, "corruption", [f"{part:g}% (1-{depth})" if depth else "0%" for *_, part, depth in table.index])
     return table.reset_index(drop=True)
 
@@ -187,9 +254,13 @@ def count_missing(table: pd.DataFrame) -> int:
 def markdown(cells: pd.DataFrame) -> str:
     """One table in Markdown; a dagger stands for red."""
     table = paper_table(cells, format_cells(cells, "**{}**", "{}†"))
-    legend = "\n\n† collapsed: at least 99 % of the predictions are one class, in one run of the cell or more"
-    text = table.to_markdown(index=False, disable_numparse=True)
-    return f"{text}{legend if cells['collapsed'].any() else ''}\n"
+    text = table.rename(columns=escape).assign(model=table["model"].map(escape)).to_markdown(index=False, disable_numparse=True)
+    red = "† collapsed: at least 99 % of the predictions are one class, in one run of the cell or more"
+    return "\n\n".join([text, LAYERS_OF, *([red] if cells["collapsed"].any() else [])]) + "\n"
+
+
+def escape(name: str) -> str:
+    return name.replace("|", r"\|")
 
 
 def latex(cells: pd.DataFrame) -> str:
@@ -205,8 +276,13 @@ def latex(cells: pd.DataFrame) -> str:
     text = style.to_latex(**form, hrules=True, clines="skip-last;data")
     rule = f"\\cline{{1-{2 + table.shape[1]}}}\n"
     text = text.replace(rule + r"\bottomrule", r"\bottomrule").replace(rule, "\\midrule\n").replace(" & @", "")
-    packages = "% needs \\usepackage{booktabs} and \\usepackage{xcolor}; red: a run with 99 % of one class\n"
-    return packages + text.replace(" &  & Bottom", "Model & Corruption & Bottom", 1)
+    text = text.replace(" &  & Bottom", "Model & Corruption & Bottom", 1)
+    needs = "% needs \\usepackage{booktabs,graphicx,xcolor}; as wide as the line at most\n"
+    if not text.replace("±", "").isascii():
+        needs += "% and xelatex or lualatex, with \\usepackage{fontspec} and \\setmainfont{a font that has all of the names}\n"
+    needs += f"% red: a run with 99 % of one class; {LAYERS_OF}\n"
+    fit = "}\\ifdim\\wd0>\\linewidth\\resizebox{\\linewidth}{!}{\\usebox0}\\else\\usebox0\\fi\n"
+    return f"{needs}\\noindent\\sbox0{{%\n{text}{fit}"
 
 
 def compare(ours: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
@@ -250,30 +326,60 @@ def bottom_top(cells: pd.DataFrame, runs: pd.DataFrame, predictions: dict[str, p
     return pd.DataFrame(rows, columns=[*by, "seeds", *stats.COMPARED]), problems
 
 
+def missing_lines(output_dir: Path, runs: pd.Series, cells: pd.DataFrame) -> list[str]:
+    """What is missing of the runs that grids were asked for, and of the paper's cells if a model of the paper is here.
+
+    Raises InputError if asked.json, in which grid.py leaves each command and its runs, cannot be read.
+    """
+    path, lines = output_dir / "asked.json", []
+    try:
+        asked = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for command, names in asked.items():
+            wanted = {name: check_form(name, str, "run") for name in names}
+            if missing := len(wanted.keys() - set(runs)):
+                lines.append(f'{missing} of {len(wanted)} runs of "{" ".join(command.split())}" are missing')
+    except run_dir.UNREADABLE as error:
+        raise InputError(f"{path} cannot be read: {why(error)}; delete it, and do the grid's command again") from error
+    if cells["model"].isin(LAYERS).any():
+        paper = published_cells()[PLACE]
+        ours = paper.merge(cells[PLACE].drop_duplicates())["table"].value_counts()
+        of = {number: (int(ours.get(number, 0)), count) for number, count in paper["table"].value_counts(sort=False).items()}
+        short = ", ".join(f"Table {number}: {here} of {count}" for number, (here, count) in of.items() if here < count)
+        lines.append(f"{sum(ours)} of the paper's {len(paper)} cells{short and f' ({short})'}")
+    return lines
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="holds runs/ (default: outputs)")
     output_dir = parser.parse_args().output_dir
+    failures, problems = read_failures(output_dir)
+    failed = [f"failed: {run}: {reason}" for run, reason in failures.items()]
     try:
-        runs, predictions, failures, problems = read_runs(output_dir)
+        runs, predictions, table2, left_out = read_runs(output_dir)
         cells, paper = make_cells(runs), published_cells()
         pairs, unpaired = bottom_top(cells, runs, predictions)
+        problems += left_out + unpaired
         in_tables = cells.dropna(subset="table")
         tables = {n: of_table for (n,), of_table in groups(in_tables, "table")}
         texts = {f"table{n}": paper_table(of_table, as_text(of_table["f1"])) for n, of_table in tables.items()}
         claims = claims_table(in_tables, paper)
         frames = {"results": runs, "cells": cells, "comparison": compare(in_tables, paper), "claims": claims}
-        frames |= {"bottom_top": pairs, **texts}
+        frames |= {"bottom_top": pairs, "table2": table2, **texts}
         files = {f"{name}.csv": frame.to_csv(index=False) for name, frame in frames.items()}
         for n, of_table in tables.items():
             files |= {f"table{n}.md": markdown(of_table), f"table{n}.tex": latex(of_table)}
         with ExitStack() as stack:  # all files or none
             for name, text in files.items():
-                stack.enter_context(atomic_write(output_dir / name)).write_text(text)
+                stack.enter_context(atomic_write(output_dir / name)).write_text(text, encoding="utf-8")
         for name in {f"table{n}.{kind}" for n in TABLES for kind in ("csv", "md", "tex")} - files.keys():
             (output_dir / name).unlink(missing_ok=True)  # of runs that are gone
     except (InputError, OSError) as error:
-        parser.error(str(error))
+        parser.error("\n".join([*problems, *failed, str(error)]))
+    try:
+        missing = missing_lines(output_dir, runs["run"], in_tables)
+    except InputError as error:
+        missing, problems = [], [*problems, str(error)]
     for n in tables:
         caption = f"weighted F1 in percent {TABLES[n].caption}; bold: the higher side"
         print(f"Table {n}: {caption}\n\n{files[f'table{n}.md']}")
@@ -281,14 +387,16 @@ def main() -> None:
     for name in ("paper", "ours", "ours_in_paper"):
         short[name] = claims[f"{name}_holds"].astype(str) + "/" + claims[f"{name}_compared"].astype(str)
     print(f"Claims: how many comparisons hold, of those that can be made\n\n{short.to_markdown(index=False)}\n")
-    missing = sum(map(count_missing, texts.values()))
-    print("\n".join([f"{len(in_tables)} cells from {len(runs)} runs, {missing} cells missing", *failures]))
+    empty = sum(map(count_missing, texts.values()))
+    cells_line = f"{len(in_tables)} cells from {len(runs)} runs, {empty} cells missing in the rows and columns that are there"
+    print("\n".join([cells_line, *missing, *failed]))
     if len(cells) > len(in_tables):
         warn(f"{len(cells) - len(in_tables)} cells are of a pooling and tuning that no table has: see cells.csv")
     print(f"-> {output_dir}/{', '.join(files)}")
-    if problems + unpaired:
-        sys.exit("\n".join(problems + unpaired))  # on stderr, with exit code 1
+    if problems:
+        sys.exit("\n".join(problems))  # on stderr, with exit code 1
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()

@@ -45,9 +45,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """The file's digest; read again only if its size, time or inode has changed."""
+    """The file's digest; read again only if its size, inode or a time has changed (the last none can set back)."""
     stat = path.stat()
-    return _sha256(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return _sha256(path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @cache

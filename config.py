@@ -7,6 +7,7 @@ result goes. Needs no torch, so that aggregate.py can name and check runs withou
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from pathlib import Path
 import paper
 from common import InputError, fail, fraction, make_parser
 
-RESULTS_VERSION = 3  # raise it when this code would give other numbers for the same settings: results are made again
+RESULTS_VERSION = 4  # raise it when this code would give other numbers for the same settings: results are made again
 REPORTERS = ("none", "tensorboard", "trackio", "wandb")
 
 # Each field of TrainingArguments that is not a field of RunConfig stands in one of these three; a test says so.
@@ -85,6 +86,21 @@ NEUTRAL = frozenset(  # what cannot change a number
     )
 )
 
+# Variables of the environment that change numbers behind the flags: refused unless their value says no. Of accelerate's
+# all but those that cannot change a number; docs/decisions.md has the table.
+CHANGES_NUMBERS = re.compile(
+    "(ACCELERATE_(?!LOG_LEVEL$|DEBUG_|CPU_AFFINITY$|.*ABLE_RICH$|DYNAMO_MODE$|DYNAMO_USE_)|"
+    "NVIDIA_TF32_OVERRIDE$|TORCH_ALLOW_TF32|(ONEDNN|DNNL)_DEFAULT_FPMATH_MODE$)"
+)
+
+
+def check_environment() -> None:
+    """Raises InputError for a variable of the environment that would change numbers."""
+    for name, value in sorted(os.environ.items()):
+        harmless = ("", "0", "no", "none", "false", "strict") + (("1",) if name.endswith("ACCUMULATION_STEPS") else ())
+        if CHANGES_NUMBERS.match(name) and value.lower() not in harmless:
+            raise InputError(f"{name}={value} in the environment would change the numbers: unset it and use flags")
+
 
 def truth(text: str) -> bool:
     """True or False for argparse, as the library's own flags take it."""
@@ -110,6 +126,9 @@ class RunConfig:
     """One run, as a user asks for it; each field is a flag. Raises InputError for a value that is not allowed."""
 
     model: str = setting("bert-base-uncased", "minilm, a local folder, or a hub id")
+    revision: str | None = setting(
+        None, "of a hub model: a branch, tag or commit (default: its newest commit)", affects=False
+    )
     corrupt: str = setting("none", "corrupt encoder layers, counted from this side", choices=("none", "bottom", "top"))
     frac: Fraction | None = setting(
         None, "part of the encoder layers, such as 0.5 or 1/3; needed with --corrupt", fraction

@@ -114,16 +114,22 @@ def plan_corruption(model: PreTrainedModel, layers: range) -> list[Target]:
 
 
 @lru_cache
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The model without weights, to look at. Raises InputError."""
+    config = models.load_config(folder)
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:  # each model class checks in its own way
+        raise InputError(f"{folder} does not give a {type(config).__name__} classifier: {one_line(error)}") from error
+
+
+@lru_cache
 def check_corruptible(folder: Path, corrupt: str, frac: Fraction | None, method: str) -> None:
     """Check, without loading a weight, that the model can be corrupted so. Raises InputError."""
     if method not in METHODS:
         raise InputError(f"--method {method} is not known: choose from {', '.join(METHODS)}")
-    config = models.load_config(folder)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    except Exception as error:  # each model class checks in its own way
-        raise InputError(f"{folder} does not give a {type(config).__name__} classifier: {one_line(error)}") from error
+    model = empty_model(folder)
     layers = len(encoder_layers(model))
     select_layers(corrupt, frac, layers)
     plan_corruption(model, range(layers))
@@ -189,6 +195,9 @@ def load_corrupted(
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the library's report of new weights says what the manifest says
+    usual = {"problem_type": "single_label_classification", "return_dict": True, "classifier_pooling": "cls"}
+    usual |= {"output_hidden_states": False, "output_attentions": False}
+    config = {name: value for name, value in usual.items() if hasattr(models.load_config(folder), name)} | config
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(named_generator(seed, "head").initial_seed())
@@ -198,19 +207,15 @@ def load_corrupted(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                problem_type="single_label_classification",
                 **config,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            new = check_loaded(folder, model, info)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
-    new, encoder = sorted(info["missing_keys"]), f"{model.base_model_prefix}."
-    lost = [name for name in new if name.startswith(encoder) and "pooler" not in name]
-    if lost or info["mismatched_keys"]:
-        raise InputError(f"{folder} lacks tensors of its encoder, such as {[*lost, *info['mismatched_keys']][0]}")
-    if kept := {name for name, _ in model.named_parameters() if not name.startswith(encoder)} - set(new):
-        raise InputError(f"{folder} has a head already ({min(kept)}): give the encoder alone, saved from base_model")
     num_layers = len(encoder_layers(model))
     side, frac, layers = select_layers(corrupt, frac, num_layers)
     manifest = {
@@ -225,6 +230,37 @@ def load_corrupted(
         "tensors": corrupt_layers(model, layers, seed, kaiming_a, method),
     }
     return model, manifest
+
+
+def check_loaded(folder: Path, model: PreTrainedModel, info: dict[str, set]) -> list[str]:
+    """The names of the head's tensors, all newly drawn, and of a pooler's that the file lacks.
+
+    Raises InputError unless the encoder is just what the file holds, and finite. Part of a head that served to
+    pre-train the model (ModernBERT's) is drawn anew, too.
+    """
+    prefix, base = f"{model.base_model_prefix}.", model.base_model
+    new, unused = set(info["missing_keys"]), {name.removeprefix(prefix): name for name in info["unexpected_keys"]}
+    lost = [name for name in sorted(new) if name.startswith(prefix) and "pooler" not in name]
+    if lost or info["mismatched_keys"]:
+        raise InputError(f"{folder} lacks tensors of its encoder, such as {[*lost, *info['mismatched_keys']][0]}")
+    parts = {name for name, _ in base.named_children()} - {"pooler"}
+    for name, in_file in sorted(unused.items()):
+        if name.split(".")[0] in parts and not name.endswith(("position_ids", "token_type_ids")):
+            raise InputError(
+                f"{folder} holds {in_file}, which the encoder of its config.json "
+                f"({model.config.num_hidden_layers} layers) does not use: mend config.json"
+            )
+    for name, parameter in base.named_parameters():
+        if not parameter.isfinite().all():
+            raise InputError(f"{folder} holds {name} with values that are NaN or infinite: download or save it again")
+    head = {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
+    if head and not head & new:
+        raise InputError(f"{folder} has a head already ({min(head)}): give the encoder alone, saved from base_model")
+    if kept := head - new:
+        fresh = AutoModelForSequenceClassification.from_config(model.config, trust_remote_code=False)
+        for name in kept:
+            model.get_parameter(name).data.copy_(fresh.get_parameter(name))
+    return sorted(new | kept)
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:

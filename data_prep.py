@@ -7,29 +7,33 @@
     python data_prep.py --dataset path/to/mydata         # your own: its train.csv and test.csv; docs/data.md
 
 Each set becomes one folder, data/<dataset>: a `datasets.DatasetDict` of `train` and `test` with the columns
-`text` (or `sentence1` and `sentence2`) and `label`, and a `manifest.json` that says where every row came from.
-Splits are stratified, seeded, disjoint, and do not depend on the order of the source. Table 2 itself, of the sets that
-are prepared, is outputs/table2.csv. docs/data.md is the data card of each set.
+`text` (or `sentence1` and `sentence2`), `label`, `source_row`, the row's number in its source, and `group` where rows
+belong together (SST-2's sentences); and a `manifest.json` that says what was read. Splits are stratified, seeded,
+disjoint, and do not depend on the order of the source; a test split that is taken whole keeps it. Table 2 of the sets
+that are prepared is data/table2.csv. docs/data.md is the data card of each set.
 """
 
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
+from unicodedata import normalize
 
 import datasets
 import numpy as np
 import pandas as pd
 
+import data_sources
 from common import USER_ERRORS, InputError, RunError, atomic_write, file_lock, make_parser, one_line
 from data_sources import DATASETS, DEMO, HELP, DatasetSpec, Frames, explain, is_text, own_source, read_source, refuse
 
-SPLIT_VERSION = 2  # raise it when the same source would give other rows: prepared sets are then made again
+SPLIT_VERSION = 3  # raise it when the same source would give other rows: prepared sets are then made again
 
 
 # ---- Check and split ----
@@ -42,19 +46,23 @@ def validate(frame: pd.DataFrame, spec: DatasetSpec) -> pd.DataFrame:
         raise InputError(f"column {absent[0]!r} is missing: the source has {', '.join(map(repr, frame.columns))}")
     frame = frame[wanted].rename(columns=dict(spec.columns))
     last = len(spec.label_names) - 1
-    faults = {"no label": frame["label"].isna(), f"a label outside 0 to {last}": ~frame["label"].isin(range(last + 1))}
+    faults = {"no label": frame["label"].isna(), "the label -1, which stands for none": frame["label"].isin([-1])}
+    faults[f"a label that is not an integer from 0 to {last}"] = ~frame["label"].isin(range(last + 1))
     for _, column in spec.columns:
         faults[f"no {column}"] = frame[column].isna()
-        faults[f"a {column} that is not text"] = ~frame[column].map(is_text)
+        faults[f"a {column} that is not text, or has a NUL"] = ~frame[column].map(is_text)
         faults[f"an empty {column}"] = frame[column].map(lambda cell: isinstance(cell, str) and not cell.strip())
     refuse(faults)
     return frame.astype({"label": int})
 
 
 def merge_splits(parts: Frames, published: dict[str, int], spec: DatasetSpec, as_published: bool) -> pd.DataFrame:
-    """The validated rows of several splits as one frame, in an order that does not depend on the source's; `key` is
-    what a tokenizer sees of a row. Raises InputError if a split has not its published number of rows, unless the user
-    gave other sizes (`as_published` false)."""
+    """The validated rows of several splits as one frame, in an order that does not depend on the source's.
+
+    `key` is what a tokenizer sees of a row; `source_row` counts the rows from 0, through the splits one after the
+    other. Raises InputError if a split has not its published number of rows, unless the user gave other sizes
+    (`as_published` false).
+    """
     frames = []
     for split, rows in published.items():
         with explain(split, InputError):
@@ -67,7 +75,8 @@ def merge_splits(parts: Frames, published: dict[str, int], spec: DatasetSpec, as
     frame = pd.concat(frames, ignore_index=True)
     columns = [ours for _, ours in spec.columns]
     frame["key"] = frame[columns].map(normalised).agg("\x1f".join, axis=1)
-    return frame.sort_values(["key", *columns, "label"], ignore_index=True)
+    frame["source_row"] = range(len(frame))
+    return frame.sort_values(["key", *columns, "label", "source_row"], ignore_index=True)
 
 
 def normalised(text: str) -> str:
@@ -77,7 +86,8 @@ def normalised(text: str) -> str:
 
 def without_duplicates(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
     """One row for each text, and what was dropped. Texts that differ only in white space count as the same: no
-    tokenizer here tells them apart. A text with several labels keeps its most frequent one, the smallest at a tie."""
+    tokenizer here tells them apart. A text with several labels keeps its most frequent one, the smallest at a tie;
+    its `source_row` may then have another."""
     votes = frame.value_counts(["key", "label"]).reset_index(name="votes")
     label = votes.sort_values(["votes", "label"], ascending=[False, True]).drop_duplicates("key").set_index("key")
     kept = frame.drop_duplicates("key", ignore_index=True)
@@ -85,12 +95,13 @@ def without_duplicates(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
     return kept, {"duplicate_texts": len(frame) - len(kept), "labels_outvoted": len(votes) - len(label)}
 
 
-def split_by_sentence(texts: list[str], labels: np.ndarray, test_size: int, seed: int) -> np.ndarray:
-    """Which phrases are test phrases when whole sentences are held out (SST-2's phrases are parts of sentences).
+def split_by_sentence(texts: list[str], labels: np.ndarray, test_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which phrases are test phrases when whole sentences are held out (SST-2's phrases are parts of sentences), and
+    the group of each phrase: the place, in the order of holding out, of the last sentence that it stands in.
 
     No two texts are the same phrase; a sentence is one that stands, token by token, inside no other. Sentences are held
     out one by one, in a seeded order that keeps the classes' shares, until `test_size` phrases or more stand in
-    held-out sentences alone. Returns a boolean array of shape (phrases,): no true one stands inside a false one.
+    held-out sentences alone. Returns two arrays of shape (phrases,): no true phrase stands inside a false one.
     """
     row_of = {tuple(text.split()): row for row, text in enumerate(texts)}
     spans = ((words[a:b] for a, b in combinations(range(len(words) + 1), 2)) for words in row_of)
@@ -103,39 +114,50 @@ def split_by_sentence(texts: list[str], labels: np.ndarray, test_size: int, seed
     last = np.zeros(len(texts), dtype=int)  # for each phrase, the place of the last sentence that it stands in
     for place, sentence in enumerate(sentences[progress.argsort(kind="stable")]):
         last[list(inside[sentence])] = place
-    return last <= np.sort(last)[min(test_size, len(texts)) - 1]
+    return last <= np.sort(last)[min(test_size, len(texts)) - 1], last
 
 
-def stratified(frame: pd.DataFrame, size: int | None, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`size` rows (None: all) with the classes' shares of the frame, and the rows left over, both shuffled. Each class
-    gets its share rounded down; the rows then still wanted go to the largest remainders."""
+def stratified(
+    frame: pd.DataFrame, size: int | None, seed: int, whole: pd.DataFrame | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`size` rows of the frame (None: all) with the classes' shares of the `whole` (None: of the frame), and the rows
+    left over, both shuffled. Each class gets its share rounded down; the rows then still wanted go to the largest
+    remainders."""
+    labels = (frame if whole is None else whole)["label"]
     frame = frame.sample(frac=1, random_state=seed)
     size = len(frame) if size is None else size
-    if size > len(frame):
-        raise InputError(f"{size:,} rows are wanted but there are {len(frame):,}: {size - len(frame):,} too few")
-    share = frame["label"].value_counts().sort_index() * size / max(len(frame), 1)
+    share = labels.value_counts().sort_index() * size / max(len(labels), 1)
     quota = share.astype(int)
     quota[(quota - share).nsmallest(size - quota.sum()).index] += 1
     taken = frame.groupby("label").cumcount() < frame["label"].map(quota)
+    if missing := size - taken.sum():
+        raise InputError(f"{size:,} rows are wanted but there are {taken.sum():,}: {missing:,} too few")
     return frame[taken], frame[~taken]
 
 
 def split(parts: Frames, spec: DatasetSpec, given: dict[str, int | None], seed: int) -> tuple[Frames, dict[str, int]]:
     """Train and test rows, every class in both, and what was dropped. Sizes `given` as None are the spec's.
 
-    What is taken whole stays as it was published, duplicates too. What is drawn from has no duplicates and no text of
-    the other part; where both are whole, the texts they share are counted as `shared_texts_kept`.
+    What is taken whole stays as it was published, duplicates too, a test part in its order. What is drawn from has no
+    duplicates and no text of the other part; where both are whole, the texts they share are counted as
+    `shared_texts_kept`. Where the spec keeps duplicates, test rows are drawn from the texts that stand once.
     """
     sizes = {"train": given["train"] or spec.train_size, "test": given["test"] or spec.test_size}
-    dropped = Counter(duplicate_texts=0, labels_outvoted=0, shared_texts=0, shared_texts_kept=0)
+    keys = ("duplicate_texts", "duplicate_texts_kept", "labels_outvoted", "shared_texts", "shared_texts_kept")
+    dropped = Counter(dict.fromkeys(keys, 0))
     if spec.test_from is None:
-        rows, counts = without_duplicates(merge_splits(parts, spec.train_from, spec, not any(given.values())))
-        dropped.update(counts)
+        rows = merge_splits(parts, spec.train_from, spec, not any(given.values()))
+        if not spec.keep_duplicates:
+            rows, counts = without_duplicates(rows)
+            dropped.update(counts)
         if spec.by_sentence:
-            held_out = split_by_sentence(rows["text"].tolist(), rows["label"].to_numpy(), sizes["test"], seed)
+            texts, labels = rows["text"].tolist(), rows["label"].to_numpy()
+            held_out, rows["group"] = split_by_sentence(texts, labels, sizes["test"], seed)
             train, test = rows[~held_out], stratified(rows[held_out], given["test"], seed)[0]
         else:
-            test, train = stratified(rows, sizes["test"], seed)
+            once = rows[~rows["key"].duplicated(keep=False)]
+            test, rest = stratified(once, sizes["test"], seed, rows)
+            train = pd.concat([rest, rows.drop(once.index)])
     else:
         pools = {}
         for name, source in (("train", spec.train_from), ("test", spec.test_from)):
@@ -148,8 +170,11 @@ def split(parts: Frames, spec: DatasetSpec, given: dict[str, int | None], seed: 
         if drawn:
             pools[drawn] = pools[drawn][~pools[drawn]["key"].isin(shared)]
         dropped["shared_texts" if drawn else "shared_texts_kept"] = len(shared)
-        train, test = pools["train"], stratified(pools["test"], sizes["test"], seed)[0]
+        train, test = pools["train"], pools["test"].sort_values("source_row")
+        if sizes["test"]:
+            test = stratified(pools["test"], sizes["test"], seed)[0]
     rows = {"train": stratified(train, sizes["train"], seed)[0], "test": test}
+    dropped["duplicate_texts_kept"] = int(sum(part["key"].duplicated().sum() for part in rows.values()))
     for name, part in rows.items():
         if missing := [label for number, label in enumerate(spec.label_names) if not part["label"].eq(number).any()]:
             advice = "choose a larger size" if sizes[name] else "every class must be in both splits"
@@ -180,9 +205,9 @@ def resolve_dataset(dataset: str, data_dir: str | Path = "data") -> tuple[str, P
         what = f"unknown data set {dataset!r}" if Path(dataset).name == dataset else f"{dataset} is not a folder"
         raise InputError(f"{what}: choose from {', '.join(known)}, or give a folder with a train and a test file")
     folder = Path(dataset).resolve()
-    name, taken = folder.name, [*DATASETS, "tokens"]
+    name, taken = normalize("NFC", folder.name), [*DATASETS, "tokens", "table2.csv"]
     plain = re.sub(r"[\W_]", "", name).lower()  # as a file system or a table may confuse it: SST-2 and sst2 are one
-    if not re.fullmatch(r"\w[\w .,=+-]{0,59}", name) or plain in "|".join(taken).replace("_", "").split("|"):
+    if not re.fullmatch(r"\w[\w .,=+-]{0,59}", name) or plain in [re.sub(r"[\W_]", "", known) for known in taken]:
         rule = f"up to 60 letters, digits, blanks or any of _.,=+-, other than {', '.join(taken)}"
         raise InputError(f"{dataset} cannot be prepared as {name!r}: rename the folder, to {rule}")
     if folder.is_relative_to(Path(data_dir).resolve() / name):
@@ -234,8 +259,12 @@ def prepare(
         if same and stored["source"] == origin:
             return stored
         rows, dropped = split(parts, spec, {"train": train_size, "test": test_size}, seed)
+    if doubtful := [label for label in spec.label_names if folder and label.lower() in data_sources.DOUBTFUL]:
+        advice = "leave rows without a label out, if it stands for them"
+        print(f"{name}: {', '.join(doubtful)} counts as a class: {advice}", file=sys.stderr)
+    numbers = {name: datasets.Value("int64") for name in ("source_row", "group") if name in rows["test"]}
     features = {column: datasets.Value("string") for _, column in spec.columns}
-    features = datasets.Features(features, label=datasets.ClassLabel(names=list(spec.label_names)))
+    features = datasets.Features(features, label=datasets.ClassLabel(names=list(spec.label_names)), **numbers)
     data, rows_per_class = datasets.DatasetDict(), {}
     for part, frame in rows.items():
         data[part] = datasets.Dataset.from_pandas(frame[list(features)], features=features, preserve_index=False)
@@ -278,7 +307,8 @@ def summary(record: dict, data_dir: str | Path) -> str:
     shared = "".join(f"{count:,} texts shared by train and test {what}, " for count, what in shared if count)
     return (
         f"{record['dataset']}: {record['rows']['train']:,} train and {record['rows']['test']:,} test rows, "
-        f"{len(record['rows_per_class']['test'])} classes, {dropped['duplicate_texts']} duplicates dropped, {shared}"
+        f"{len(record['rows_per_class']['test'])} classes, {dropped['duplicate_texts']} duplicates dropped and "
+        f"{dropped['duplicate_texts_kept']} kept, {shared}"
         f"fingerprint {record['fingerprint'][:8]} -> {Path(data_dir) / record['dataset']}"
     )
 
@@ -358,24 +388,14 @@ def fingerprint(data: datasets.DatasetDict) -> str:
     return digest.hexdigest()
 
 
-def table2(data_dir: str | Path = "data") -> pd.DataFrame:
-    """Table 2 of the sets that are prepared, users' own last. Balanced: no class has twice the rows of another."""
-    rows = []
-    for record in filter(None, (find_manifest(name, data_dir) for name in [*DATASETS, *own_names(data_dir)])):
-        classes = pd.DataFrame(record["rows_per_class"]).sum(axis=1)
-        counts = {"dataset": record["dataset"], "classes": len(classes), **record["rows"]}
-        counts["balanced"] = "yes" if classes.max() < 2 * classes.min() else "no"
-        rows.append({**counts, **record["dropped"], "fingerprint": record["fingerprint"]})
-    return pd.DataFrame(rows)
-
-
-def write_table2(data_dir: str | Path, output_dir: str | Path) -> Path:
-    """Write Table 2 of the sets that are prepared as `output_dir/table2.csv`."""
-    path = Path(output_dir) / "table2.csv"
+def write_table2(data_dir: str | Path) -> Path:
+    """Write Table 2 of the sets that are prepared, users' own last, as `data_dir/table2.csv`."""
+    path = Path(data_dir) / "table2.csv"
+    manifests = [find_manifest(name, data_dir) for name in [*DATASETS, *own_names(data_dir)]]
     with explain(f"{path} cannot be written", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as aside:
-            table2(data_dir).to_csv(aside, index=False)
+            data_sources.table2(filter(None, manifests)).to_csv(aside, index=False)
     return path
 
 
@@ -387,14 +407,13 @@ def main() -> None:
         parser.add_argument(flag, type=int, metavar="N", help="rows (default: Table 2's, or all of your own)")
     parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
     parser.add_argument("--data_dir", default="data", help="where the prepared sets go (default: %(default)s)")
-    parser.add_argument("--output_dir", default="outputs", help="where table2.csv goes (default: %(default)s)")
     args = parser.parse_args()
     try:
         check_names(args.dataset, args.data_dir)
         for dataset in args.dataset:
             record = prepare(dataset, args.source, args.train_size, args.test_size, args.seed, args.data_dir)
             print(summary(record, args.data_dir))
-        print(f"Table 2 -> {write_table2(args.data_dir, args.output_dir)}")
+        print(f"Table 2 -> {write_table2(args.data_dir)}")
     except USER_ERRORS as error:
         parser.error(one_line(error))
 

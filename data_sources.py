@@ -8,13 +8,15 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from unicodedata import normalize
 
 import pandas as pd
 import pyarrow as pa
@@ -34,6 +36,7 @@ class DatasetSpec:
     test_size: int | None = None
     columns: tuple[tuple[str, str], ...] = (("text", "text"),)  # (the source's name, ours)
     by_sentence: bool = False  # hold out whole sentences, not phrases
+    keep_duplicates: bool = False  # texts that stand more than once stay, all of them in train
 
 
 Frames = dict[str, pd.DataFrame]  # by the source's split
@@ -61,7 +64,12 @@ DATASETS = {
     "imdb": DatasetSpec("stanfordnlp/imdb", ("neg", "pos"), {"train": 25_000}, {"test": 25_000}, test_size=5_000),
     "ag_news": DatasetSpec("fancyzhx/ag_news", AG_NEWS, {"train": 120_000}, {"test": 7_600}, 48_000, 6_000),
     "emotion": DatasetSpec(
-        "dair-ai/emotion/split", EMOTION, {"train": 16_000}, {"validation": 2_000, "test": 2_000}, train_size=14_000
+        "dair-ai/emotion/split",
+        EMOTION,
+        {"train": 16_000, "validation": 2_000},
+        train_size=14_000,
+        test_size=4_000,
+        keep_duplicates=True,
     ),
     "dbpedia": DatasetSpec(
         "fancyzhx/dbpedia_14", DBPEDIA, {"train": 560_000}, {"test": 70_000}, 50_000, 12_000, (("content", "text"),)
@@ -86,7 +94,8 @@ def explain(what: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def is_text(cell: object) -> bool:
-    return isinstance(cell, str) and not re.search(r"[\ud800-\udfff]", cell)  # half a character, as JSON can hold
+    # no NUL, and no half of a character, as JSON can hold
+    return isinstance(cell, str) and not re.search(r"[\0\ud800-\udfff]", cell)
 
 
 def refuse(faults: dict[str, pd.Series]) -> None:
@@ -96,6 +105,17 @@ def refuse(faults: dict[str, pd.Series]) -> None:
             raise InputError("the source has no rows: mend the source")
         if rows.any():
             raise InputError(f"{rows.sum()} rows have {fault} (the first is row {rows.argmax()}): mend the source")
+
+
+def table2(manifests: Iterable[dict]) -> pd.DataFrame:
+    """Table 2 of these sets: a row for each manifest. Balanced: no class has twice the rows of another."""
+    rows = []
+    for record in manifests:
+        classes = pd.DataFrame(record["rows_per_class"]).sum(axis=1)
+        counts = {"dataset": record["dataset"], "classes": len(classes), **record["rows"]}
+        counts["balanced"] = "yes" if classes.max() < 2 * classes.min() else "no"
+        rows.append({**counts, **record["dropped"], "fingerprint": record["fingerprint"]})
+    return pd.DataFrame(rows)
 
 
 # ---- Known sets ----
@@ -133,18 +153,34 @@ def read_folder(folder: Path, splits: list[str]) -> tuple[Frames, dict]:
 
 
 def read_hub(hub: str, splits: list[str]) -> tuple[Frames, dict]:
-    """The labelled splits from the hub (or its local cache), and the revision that was read."""
+    """The labelled splits and their revision, from the hub; from the cache of `datasets`, and that is said, where the
+    hub does not answer."""
     import datasets  # here, because it is slow to import and most scripts read nothing from the hub
     from huggingface_hub import HfApi
 
     owner, name, *configuration = hub.split("/")
-    paths = f"DIR/<dataset>/{{{','.join(splits)}}}.parquet"
-    advice = f"connect, or copy its parquet files to {paths} and give data_prep.py --source DIR"
-    # Exception: the hub's client lets its HTTP library's own errors through
-    with explain(f"{owner}/{name} cannot be read from the hub ({advice})", Exception):
-        revision = HfApi().dataset_info(f"{owner}/{name}", timeout=3).sha  # fails within seconds if there is no hub
-        parts = datasets.load_dataset(f"{owner}/{name}", *configuration, revision=revision, split=splits)
+    newest, problem, offline = None, "", datasets.config.HF_HUB_OFFLINE
+    datasets.logging.set_verbosity_error()
+    try:
+        newest = HfApi().dataset_info(f"{owner}/{name}", timeout=3).sha  # fails within seconds if there is no hub
+    except Exception as error:  # the hub's client lets its HTTP library's own errors through
+        problem = one_line(error)
+    try:
+        datasets.config.HF_HUB_OFFLINE = offline or newest is None  # without a hub: no retries for half a minute
+        where = {"revision": newest, "split": splits, "keep_in_memory": False}
+        parts = datasets.load_dataset(f"{owner}/{name}", *configuration, **where)
         frames = {split: part.to_pandas() for split, part in zip(splits, parts, strict=True)}
+        revision = Path(parts[0].cache_files[0]["filename"]).parent.name  # where `datasets` fails, it takes its cache's
+    except Exception as error:
+        paths = f"DIR/<dataset>/{{{','.join(splits)}}}.parquet"
+        advice = f"connect, or copy its parquet files to {paths} and give data_prep.py --source DIR"
+        reason = " and ".join(filter(None, (problem, one_line(error))))
+        raise InputError(f"{owner}/{name} cannot be read from the hub or its cache ({advice}): {reason}") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+    if revision != newest:
+        reason = problem or f"it does not give revision {newest}"
+        print(f"the hub cannot be read ({reason}): {hub} is read from the cache, revision {revision}", file=sys.stderr)
     return frames, {"hub": hub, "revision": revision}
 
 
@@ -152,15 +188,23 @@ def read_hub(hub: str, splits: list[str]) -> tuple[Frames, dict]:
 
 
 def read_cells(content: bytes, delimiter: str) -> pd.DataFrame:
-    """CSV or TSV, every cell as text. ValueError or csv.Error: a line has more or fewer cells than the header."""
+    """CSV or TSV, every cell as text. ValueError: a line has more or fewer cells than the header, or a quotation mark
+    may have made one row of several."""
     csv.field_size_limit(2**31 - 1)  # the default refuses texts above 131,072 characters
     reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True)
-    header, rows = next(reader, []), []
-    for row in filter(None, reader):
-        if len(row) != len(header):
-            raise ValueError(f"line {reader.line_num} has {len(row)} cells and the header has {len(header)}")
-        rows.append(row)
-    return pd.DataFrame(rows, columns=header)
+    rows, line = [], 1
+    try:
+        for row in reader:
+            if any(delimiter in cell and re.search(r"[\r\n]", cell) for cell in row):
+                raise csv.Error("a quoted cell holds a separator and a line break, as one does that swallowed rows")
+            rows += [row] if row else []
+            if row and len(row) != len(rows[0]):
+                raise csv.Error(f"there are {len(row)} cells and the header has {len(rows[0])}")
+            line = reader.line_num + 1
+    except csv.Error as error:
+        advice = "put a cell with a separator or a quotation mark in quotation marks, and double those inside it"
+        raise ValueError(f"line {line}: {error} ({advice}; JSONL and parquet hold any text)") from error
+    return pd.DataFrame(rows[1:], columns=rows[0] if rows else [])
 
 
 def read_jsonl(content: bytes) -> pd.DataFrame:
@@ -181,6 +225,10 @@ FORMATS = {
     ".jsonl": read_jsonl,
     ".parquet": lambda content: pd.read_parquet(io.BytesIO(content)).astype(object),
 }
+INTEGER = re.compile("[+-]?[0-9]{1,1000}")
+DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*|(?=e))|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)
+NO_LABEL = ("", "nan", "<na>")  # how a label that is missing stands in a file
+DOUBTFUL = ("-1", "none", "null", "na", "n/a")  # it may stand for a missing label, or be a class
 OWN_COLUMNS = "text and label, or sentence1, sentence2 and label"
 
 
@@ -201,17 +249,26 @@ def own_source(folder: Path) -> dict:
 
 def read_part(path: Path) -> pd.DataFrame:
     """The rows of a train or a test file, their labels as texts."""
-    with explain(f"it cannot be read as {path.suffix[1:]}", OSError, ValueError, csv.Error, pa.ArrowException):
+    with explain(f"it cannot be read as {path.suffix[1:]}", OSError, ValueError, pa.ArrowException):
         frame = FORMATS[path.suffix](path.read_bytes())
     columns = sorted(column for column in frame if column in ("label", "sentence1", "sentence2", "text"))
     if columns not in (["label", "text"], ["label", "sentence1", "sentence2"]):
         has = ", ".join(map(repr, frame))[:200] or "none"
         raise InputError(f"the columns must be {OWN_COLUMNS}, not both and each once: there are {has}")
     labels = frame["label"]
-    missing = labels.isna() | labels.map(lambda label: isinstance(label, str) and not label.strip())
+    missing = labels.isna() | labels.map(lambda label: isinstance(label, str) and label.strip().lower() in NO_LABEL)
+    decimal = labels.map(lambda label: isinstance(label, float) or bool(DECIMAL.fullmatch(str(label).strip())))
     other = ~labels.map(lambda label: isinstance(label, int) or is_text(label))
-    refuse({"no label": missing, "a label that is neither an integer nor a text": other})
+    advice = "regression is not supported, and a class is written 1, not 1.0"
+    refuse({"no label": missing, f"a label that is a decimal number ({advice})": decimal})
+    refuse({"a label that is neither an integer nor a text": other})
     return frame.assign(label=labels.map(lambda label: str(label).strip()))
+
+
+def alike(label: str) -> int | str:
+    """What two spellings of one label share: 1 and 01, good and Good, 1 and True."""
+    plain = "".join(normalize("NFKC", label).casefold().split())
+    return int(label) if INTEGER.fullmatch(label) else {"true": 1, "false": 0}.get(plain, plain)
 
 
 def read_own(folder: Path) -> tuple[DatasetSpec, Frames, dict]:
@@ -222,13 +279,18 @@ def read_own(folder: Path) -> tuple[DatasetSpec, Frames, dict]:
         with explain(name, InputError):
             frames[Path(name).stem] = read_part(folder / name)
     labels = frames["train"]["label"].unique()
-    integers = all(re.fullmatch("-?[0-9]{1,18}", label) for label in labels)
+    integers = all(map(INTEGER.fullmatch, labels))
     classes = sorted(labels, key=lambda label: (int(label) if integers else 0, label))
     if len(classes) < 2:
         raise InputError(f"every row of train has the label {classes[0]!r}: there must be two classes at least")
+    spellings = {}
+    for label in classes:
+        if label != (other := spellings.setdefault(alike(label), label)):
+            raise InputError(f"train has the labels {other!r} and {label!r}, which look like one: write them alike")
     labels = frames["test"]["label"]
     unknown = ~labels.isin(classes)
-    refuse({f"a label in test that train lacks, {labels[unknown].min()!r}": unknown})
+    hint = " (GLUE's mark of rows without a label)" if labels[unknown].min() == "-1" else ""
+    refuse({f"a label in test that train lacks, {labels[unknown].min()!r}{hint}": unknown})
     sizes = [{part: len(frame)} for part, frame in frames.items()]
     for frame in frames.values():
         frame["label"] = pd.Categorical(frame["label"], classes).codes

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from common import InputError, atomic_write, file_lock, one_line, sha256_of
+
+TEXTS = ("text", "sentence1", "sentence2")  # the columns of a prepared set that a tokenizer reads
+MOST_UNKNOWN = 0.05  # of the tokens
 
 
 def key_of(settings: dict) -> str:
@@ -30,10 +34,15 @@ def cached_map(
 ) -> datasets.DatasetDict:
     """`parts` mapped by `function`, in Arrow files in `folder`, memory-mapped; computed only if they are not there.
 
-    Each file has its sha256 beside it: a file that is not what was written is made again, and that is said. `options`
-    go to `datasets.Dataset.map`. Raises InputError where `folder` cannot be written.
+    Each file has beside it its sha256 and the folder's name, which is the key of what it was made from: a file that is
+    not what was written there is made again, and that is said. `options` go to `datasets.Dataset.map`. Raises
+    InputError where `folder` cannot be written.
     """
     mapped = {}
+
+    def seal(path: Path) -> str:
+        return f"{sha256_of(path)} {folder.name}/{path.name}\n"
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(folder.with_name(f".{folder.name}.lock")):
@@ -41,35 +50,48 @@ def cached_map(
                 left.unlink()  # half a file, of a process that was killed
             for part, rows in parts.items():
                 path, digest = folder / f"{part}.arrow", folder / f"{part}.sha256"
-                if path.exists() and not (digest.exists() and digest.read_text() == sha256_of(path)):
+                if path.exists() and not (digest.exists() and digest.read_text() == seal(path)):
                     print(f"{path} is not what was written: making it again", file=sys.stderr)
                     path.unlink()
                 mapped[part] = rows.map(
                     function, batched=True, cache_file_name=str(path), new_fingerprint=key_of({path.name: folder.name}),
                     **options,
                 )  # fmt: skip
-                if not digest.exists() or digest.read_text() != sha256_of(path):
+                if not digest.exists() or digest.read_text() != seal(path):
                     with atomic_write(digest) as aside:
-                        aside.write_text(sha256_of(path))
+                        aside.write_text(seal(path))
+                if mapped[part]["label"][:] != rows["label"][:]:
+                    raise InputError(f"{path} has other labels than its rows: delete {folder}")
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {one_line(error)}") from error
     return datasets.DatasetDict(mapped)
 
 
 def tokenise(
-    data: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path
+    data: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, segments: int, max_length: int, folder: Path
 ) -> tuple[datasets.DatasetDict, np.ndarray]:
     """Token ids, and the row numbers of the test split, which is sorted by length so that its batches need no padding.
 
-    Pairs are truncated longest first and keep the tokenizer's segments. The tokens are kept in `folder`.
+    Pairs are truncated longest first and keep the tokenizer's segments. The tokens are kept in `folder`. Raises
+    InputError if the tokenizer does not know the texts' words, or gives a model of two `segments` only one of a pair.
     """
-    columns = [name for name in data["train"].column_names if name != "label"]
+    columns = [name for name in TEXTS if name in data["train"].column_names]
+    others = [name for name in data["train"].column_names if name != "label"]
 
     def encode(rows: dict) -> dict:
         tokens = tokenizer(*(rows[column] for column in columns), truncation="longest_first", max_length=max_length)
         return {**tokens, "length": [len(ids) for ids in tokens["input_ids"]]}
 
-    tokens = cached_map(data, encode, folder, remove_columns=columns)
+    tokens = cached_map(data, encode, folder, remove_columns=others)
+    for part, rows in tokens.items():
+        share = pc.mean(pc.equal(pc.list_flatten(rows.data.column("input_ids")), tokenizer.unk_token_id)).as_py()
+        if tokenizer.unk_token_id is not None and share > MOST_UNKNOWN:
+            raise InputError(
+                f"{share:.0%} of {part}'s tokens are {tokenizer.unk_token}, at most {MOST_UNKNOWN:.0%} may be: the "
+                "model's tokenizer is for other texts, or its files do not fit each other"
+            )
+    if segments > 1 and len(columns) == 2 and 1 not in tokens["test"][0].get("token_type_ids", []):
+        raise InputError("the tokenizer does not tell two sentences apart, and the model can: mend its tokenizer.json")
     order = np.argsort(tokens["test"]["length"], kind="stable")
     tokens["test"] = tokens["test"].select(order)
     return tokens, order

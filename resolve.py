@@ -20,7 +20,7 @@ def resolve_run(config: RunConfig, prepare: bool = True) -> Run | None:
     A data set that is missing is prepared first, and that is said; with `prepare` false the answer is then None. Raises
     InputError. Writes nothing else. Costs a millisecond for a model and rows that were found before.
     """
-    folder, revision = models.find_model(config.model)
+    folder, revision = models.find_model(config.model, config.revision)
     layers = models.load_config(folder).num_hidden_layers
     side, frac, _ = corrupt.select_layers(config.corrupt, config.frac, layers)
     data = (data_prep.ensure_prepared if prepare else data_prep.up_to_date)(config.dataset, config.data_dir)

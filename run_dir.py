@@ -12,15 +12,24 @@ import shutil
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from hashlib import sha256
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+import pandas as pd
 from filelock import Timeout
 
+import stats
 from common import InputError, RunError, atomic_write, file_lock, in_worker, one_line, sha256_of
-from config import NEUTRAL_VALUES, Run
+from config import NEUTRAL_VALUES, RESULTS_VERSION, Run, run_name
+
+# What reading a file that is not what it should be can raise.
+UNREADABLE = (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+UNREADABLE += (RecursionError,)
 
 # ---- The result ----
 
@@ -29,31 +38,72 @@ def refuse(reason: str) -> None:
     print(f"{reason}: running it again", file=sys.stderr)
 
 
+def write_result(path: Path, result: dict) -> None:
+    """`result` as JSON, its last entry the sha256 of all that stands before it: an edit shows."""
+    text = json.dumps(result, indent=1)[:-2]
+    path.write_text(f'{text},\n "sha256": "{sha256(text.encode()).hexdigest()}"\n}}\n', encoding="utf-8")
+
+
+def read_result(folder: Path) -> dict:
+    """The folder's result.json. Raises ValueError if it was edited or is under another name than its settings give."""
+    whole = (folder / "result.json").read_text(encoding="utf-8")
+    text, _, end = whole.rpartition(',\n "sha256": "')
+    result = json.loads(whole)
+    if (made_by := result["settings"].get("results_version")) != RESULTS_VERSION:
+        raise ValueError(f"its results_version is {made_by}, this code's is {RESULTS_VERSION}")
+    if end != f'{sha256(text.encode()).hexdigest()}"\n}}\n':
+        raise ValueError("result.json is not what the run wrote")
+    result["settings"] = NEUTRAL_VALUES | result["settings"]  # what a flag that is new has made of no result
+    if (name := run_name(result["settings"])) != folder.name:
+        raise ValueError(f"it is a copy, or was renamed: its settings' name is {name}")
+    return result
+
+
+def read_evidence(folder: Path, result: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The run's epochs and its predictions: `row`, `label`, `group` where rows belong together, and one for each epoch,
+    `epoch_1` the first. Every score of every epoch is computed again from the predictions.
+
+    Raises ValueError if a file is not the one that the run wrote, or its numbers do not agree.
+    """
+    for name, expected in result["files"].items():
+        if sha256_of(folder / name) != expected["sha256"]:
+            raise ValueError(f"{name} is not what the run wrote")
+    epochs = pd.read_csv(folder / "epochs.csv")
+    by_epoch = [f"epoch_{k}" for k in range(1, len(epochs) + 1)]
+    small = dict.fromkeys(("label", *by_epoch), "int16")  # a class that is no such number is refused
+    predictions = pd.read_csv(folder / "predictions.csv.gz", dtype=small)
+    labels, guesses = predictions["label"], predictions[by_epoch].to_numpy()
+    classes = [*result["data"]["rows_per_class"]["test"].values()]
+    whole = len(epochs) == result["epochs"] and min(labels.min(), guesses.min()) >= 0
+    if not whole or np.bincount(labels, minlength=len(classes)).tolist() != classes or guesses.max() >= len(classes):
+        raise ValueError("predictions.csv.gz has not the run's test rows, classes or epochs")
+    half = stats.split_halves(labels, predictions.get("group"))
+    scores = stats.score_epochs(labels.to_numpy(), guesses, half, len(classes))
+    best = epochs.loc[epochs["weighted_f1"].idxmax(), ["weighted_f1", "accuracy", "epoch"]].tolist()
+    agrees = best == [result[name] for name in ("weighted_f1", "accuracy", "best_epoch")]
+    if not agrees or not np.allclose(scores, epochs[[*scores]], rtol=0, atol=1e-9):
+        raise ValueError("its scores are not those of its predictions")
+    return epochs, predictions
+
+
 def load_valid_result(run: Run, digests: bool = True) -> dict | None:
     """The result, if it came from just these settings and its files are those that the run wrote; else says why not.
 
     Without `digests` only the files' sizes are compared, which takes a millisecond.
     """
-    path = run.folder / "result.json"
-    try:
-        result = json.loads(path.read_text())
-        stored, _, recorded = NEUTRAL_VALUES | result["settings"], float(result["weighted_f1"]), result["files"].items()
-        changed = {name: stored.get(name) for name, value in run.settings.items() if stored.get(name) != value}
-    except (FileNotFoundError, NotADirectoryError):
+    if not (run.folder / "result.json").is_file():
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return refuse(f"{path} cannot be read")
-    if changed:
-        was = ", ".join(f"{name} {value} (now {run.settings[name]})" for name, value in changed.items())
-        return refuse(f"{run.folder} was made with {was}")
-    for name, expected in recorded:
-        try:
-            file = run.folder / name
-            intact = file.stat().st_size == expected["bytes"] and (not digests or sha256_of(file) == expected["sha256"])
-        except (OSError, KeyError, TypeError):
-            intact = False
-        if not intact:
-            return refuse(f"{run.folder}/{name} is not what the run wrote")
+    try:
+        result = read_result(run.folder)
+        if changed := [name for name, value in run.settings.items() if result["settings"].get(name) != value]:
+            return refuse(f"{run.folder} was made with other {', '.join(changed)}")
+        if digests:
+            read_evidence(run.folder, result)
+        for name, expected in result["files"].items():
+            if (run.folder / name).stat().st_size != expected["bytes"]:
+                return refuse(f"{run.folder}/{name} is not what the run wrote")
+    except UNREADABLE as error:
+        return refuse(f"{run.folder}: {one_line(error)}")
     for wanted, name in ((run.config.save_model, "model"), (run.config.save_vectors, "vectors.npy")):
         if wanted and not (run.folder / name).exists():
             return refuse(f"{run.folder} has no {name}")

@@ -11,17 +11,42 @@ from scipy.stats import binomtest
 
 COMPARED = ["rows", "f1_bottom", "f1_top", "difference", "low", "high"]
 COMPARED += ["n_only_bottom_correct", "n_only_top_correct", "p_mcnemar"]
+HALVES = ("weighted_f1_half_a", "weighted_f1_half_b")
 COLLAPSED = 0.99  # of the predictions are one class
 RESAMPLES = 10_000
 
 
-def picked_on_halves(epochs: pd.DataFrame, expected: int) -> dict[str, float]:
+def split_halves(labels: pd.Series, groups: pd.Series | None = None) -> np.ndarray:
+    """0 or 1 for each row: two fixed halves of the test split, of the same class shares (odd ones go to half 0).
+
+    Rows of one group, if they have groups, stand in one half; a group goes by the label of its first row.
+    """
+    first = labels if groups is None else labels.groupby(groups).first()
+    half = first.groupby(first).cumcount() % 2
+    return half.to_numpy() if groups is None else groups.map(half).to_numpy()
+
+
+def score_epochs(labels: np.ndarray, guesses: np.ndarray, half: np.ndarray, classes: int) -> pd.DataFrame:
+    """Accuracy and weighted F1 (0 to 1) of each epoch, also on either half. `guesses` has the shape (rows, epochs).
+
+    As scikit-learn's `f1_score(average="weighted", zero_division=0)`, for all epochs at once.
+    """
+    epochs = guesses.shape[1]
+
+    def count(cells: np.ndarray) -> np.ndarray:  # how often each occurs, as (part, class, epoch): all rows, either half
+        counts = np.bincount(cells.ravel(), minlength=2 * classes * epochs).reshape(2, classes, epochs)
+        return np.stack([counts.sum(0), *counts])
+
+    place = (half * classes * epochs)[:, None] + np.arange(epochs)
+    guessed = place + guesses.astype(np.intp) * epochs
+    support, hits = count(place + labels.astype(np.intp)[:, None] * epochs), count(guessed[guesses == labels[:, None]])
+    f1 = (support * 2 * hits / np.maximum(support + count(guessed), 1)).sum(1) / support.sum(1)
+    return pd.DataFrame({"accuracy": hits[0].sum(0) / len(labels), **dict(zip(("weighted_f1", *HALVES), f1, strict=True))})
+
+
+def picked_on_halves(epochs: pd.DataFrame) -> dict[str, float]:
     """The F1 of the best epoch on either half of the test split, and that epoch's F1 on the other half."""
-    if len(epochs) != expected:
-        raise ValueError(f"{len(epochs)} epochs of {expected}")
-    half_a, half_b = 100 * epochs["weighted_f1_half_a"], 100 * epochs["weighted_f1_half_b"]
-    if not (half_a.between(0, 100) & half_b.between(0, 100)).all():
-        raise ValueError("an F1 is not from 0 to 1")
+    half_a, half_b = (100 * epochs[name] for name in HALVES)
     a, b = half_a.idxmax(), half_b.idxmax()
     return {"picked_on_a": half_a[a], "then_on_b": half_b[a], "picked_on_b": half_b[b], "then_on_a": half_a[b]}
 
@@ -30,13 +55,15 @@ def collapse_stats(predictions: pd.DataFrame) -> dict[str, float | bool]:
     """The share of the most predicted class (percent), and whether the run is collapsed: at least 99 %.
 
     `constant_f1`, of a collapsed run, is the F1 of predicting only that class: 2p^2 / (1 + p), where p is the class's
-    share in the labels. Section 4.4's outliers are such numbers.
+    share in the labels. Section 4.4's outliers are such numbers. `guessing_f1` is the F1 of drawing each row's class
+    with the classes' shares in the labels.
     """
-    shares = predictions["prediction"].value_counts(normalize=True)
-    collapsed = bool(shares.iloc[0] >= COLLAPSED)
-    p = (predictions["label"] == shares.index[0]).mean()
+    labels, guesses = (np.bincount(predictions[name]) / len(predictions) for name in ("label", "prediction"))
+    most = guesses.argmax()
+    collapsed, p = bool(guesses[most] >= COLLAPSED), labels[most] if most < len(labels) else 0.0
     constant_f1 = 100 * 2 * p**2 / (1 + p) if collapsed else np.nan
-    return {"most_predicted": 100 * shares.iloc[0], "collapsed": collapsed, "constant_f1": constant_f1}
+    shares = {"most_predicted": 100 * guesses[most], "guessing_f1": 100 * (labels**2).sum()}
+    return {**shares, "collapsed": collapsed, "constant_f1": constant_f1}
 
 
 def same_seeds(runs: pd.DataFrame, cell: list[str]) -> tuple[pd.DataFrame, list[str]]:
@@ -68,7 +95,7 @@ def pick_learning_rate(runs: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
     second. `lr_at_grid_edge`: the best learning rate is the lowest or the highest tried, so a better one may lie
     outside.
     """
-    mean = ("f1", "constant_f1", "picked_on_a", "then_on_b", "picked_on_b", "then_on_a")
+    mean = ("f1", "constant_f1", "guessing_f1", "picked_on_a", "then_on_b", "picked_on_b", "then_on_a")
     columns = {name: (name, "mean") for name in mean}
     columns |= {"f1_std": ("f1", "std"), "seeds": ("seed", "nunique"), "layers": ("layers", "first")}
     columns |= {"collapsed": ("collapsed", "any"), "collapsed_runs": ("collapsed", "sum"), "runs": ("run", " ".join)}
@@ -102,12 +129,15 @@ def count_claims(cells: pd.DataFrame) -> list[tuple[int, int]]:
     return [(sum(low < high for low, high in pairs), len(pairs)) for pairs in (below, less, bottom_top)]
 
 
-def weighted_f1(counts: np.ndarray, labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    """Weighted F1 (0 to 1) for each row of `counts`, which says how often each (label, prediction) occurs."""
-    classes = np.union1d(labels, predictions)
-    true, predicted = labels[:, None] == classes, predictions[:, None] == classes
-    support, guesses, hits = (counts @ part.astype(float) for part in (true, predicted, true & predicted))
-    return (support * 2 * hits / np.maximum(support + guesses, 1)).sum(-1) / support.sum(-1)
+def weighted_f1(counts: np.ndarray, labels: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """Weighted F1 (0 to 1), averaged over `runs`, each run's predictions for each pattern of test rows, for each row of
+    `counts`, which says how often each pattern occurs."""
+    classes = np.union1d(labels, runs)
+    true, guessed = (part[..., None] == classes for part in (labels, runs))
+    parts = np.concatenate([true[None], true & guessed, guessed]).astype(float)
+    sums = counts @ parts.transpose(1, 0, 2).reshape(len(labels), -1)  # one product for all runs
+    support, hits, guesses = np.split(sums.reshape(len(counts), len(parts), -1), [1, 1 + len(runs)], axis=1)
+    return (support * 2 * hits / np.maximum(support + guesses, 1)).sum(-1).mean(-1) / counts.sum(-1)
 
 
 def compare_paired(bottom: list[pd.DataFrame], top: list[pd.DataFrame]) -> dict[str, float]:
@@ -119,15 +149,15 @@ def compare_paired(bottom: list[pd.DataFrame], top: list[pd.DataFrame]) -> dict[
     McNemar's exact two-sided p then takes the seeds as independent, and is too small where they are not.
     """
     labels = bottom[0]["label"].to_numpy()
-    guesses = [frame["prediction"].to_numpy() for pair in zip(bottom, top, strict=True) for frame in pair]
+    guesses = [frame["prediction"].to_numpy() for frame in bottom + top]
     patterns, counts = np.unique(np.column_stack([labels, *guesses]), axis=0, return_counts=True)
-    label, sides = patterns[:, 0], (patterns[:, 1::2].T, patterns[:, 2::2].T)
+    label, *sides = np.split(patterns.T, [1, 1 + len(bottom)])
+    label, random = label[0], np.random.default_rng(0)
 
     def f1(counts: np.ndarray) -> list[np.ndarray]:
-        return [np.mean([100 * weighted_f1(counts, label, seed) for seed in side], axis=0) for side in sides]
+        return [100 * weighted_f1(counts.astype(float), label, side) for side in sides]
 
     f1_bottom, f1_top = (mean.item() for mean in f1(counts[None]))
-    random = np.random.default_rng(0)
     samples = (random.multinomial(len(labels), counts / len(labels), size=500) for _ in range(RESAMPLES // 500))
     low, high = np.quantile(np.concatenate([top - bottom for bottom, top in map(f1, samples)]), [0.025, 0.975])
     correct = [side == label for side in sides]

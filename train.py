@@ -6,13 +6,12 @@
 
 Every field of `TrainingArguments` is a flag; those in PROTOCOL of config.py are refused: every run is evaluated after
 each epoch and keeps the best. The run's folder, outputs/runs/<run>, appears whole, with `epochs.csv`,
-`predictions.csv.gz` (the test split, best epoch), `log.txt` and `result.json`. A run that is there already is not done
+`predictions.csv.gz` (each test row, each epoch), `log.txt` and `result.json`. A run that is there already is not done
 again. With --resume one that was cut off goes on from its last epoch. Another way to fine-tune is one function and its
 entry in TUNINGS.
 """
 
 import dataclasses
-import json
 import logging
 import os
 import platform
@@ -21,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +58,7 @@ import models
 import paper
 import resolve
 import run_dir
+import stats
 import unpad
 from common import USER_ERRORS, InputError, RunError, fail, git_commit, in_worker, one_line
 from config import Run, RunConfig
@@ -131,24 +131,23 @@ class PairedTrainer(Trainer):
     get_test_dataloader = get_eval_dataloader
 
 
-def split_halves(labels: np.ndarray) -> np.ndarray:
-    """0 or 1 for each row: two fixed halves of the test split, of the same class shares (odd ones go to half 0)."""
-    return pd.Series(labels).groupby(labels).cumcount().to_numpy() % 2
-
-
 def mean_over_batch(
-    outputs: transformers.utils.ModelOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    outputs: transformers.utils.ModelOutput,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """A part's share in the mean loss of the whole batch, where that is accumulated.
 
     The library's own loss of a part is its mean, which the Trainer then takes for such a share: it would be too large.
     """
-    total = F.cross_entropy(outputs.logits, labels, reduction="sum")
+    total = F.cross_entropy(outputs.logits, labels, reduction="sum", label_smoothing=label_smoothing)
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
 def training_arguments(wanted: RunConfig, checkpoints: Path, name: str) -> TrainingArguments:
-    """What the Trainer gets; raises InputError for what the library's own checks refuse."""
+    """What the Trainer gets; raises InputError for what the library's own checks refuse, or the environment changes."""
+    config.check_environment()
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     chosen = {field: value for field, value in vars(wanted).items() if field in known}
     values = config.PROTOCOL | config.AFFECTS | chosen | {"dataloader_pin_memory": torch.cuda.is_available()}
@@ -165,11 +164,45 @@ def training_arguments(wanted: RunConfig, checkpoints: Path, name: str) -> Train
         raise InputError(one_line(error)) from error
 
 
+def in_force(trainer: Trainer) -> dict:
+    """What the Trainer works with, read from it; raises InputError for what is not what the flags say."""
+    args, smoother = trainer.args, trainer.label_smoother
+    asked = {
+        "mixed_precision": "fp16" if args.fp16 else "bf16" if args.bf16 else "no",
+        "processes": 1,
+        "train_batch_size": args.per_device_train_batch_size,
+        "eval_batch_size": args.per_device_eval_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "label_smoothing": args.label_smoothing_factor,
+        "tf32": bool(args.tf32),
+    }
+    found = {
+        "mixed_precision": trainer.accelerator.mixed_precision,
+        "processes": trainer.accelerator.num_processes,
+        "train_batch_size": args.train_batch_size,
+        "eval_batch_size": args.eval_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "label_smoothing": smoother.epsilon if smoother else 0.0,
+        "tf32": torch.backends.fp32_precision == "tf32",
+    }
+    for name, value in found.items():
+        if value != asked[name]:
+            raise InputError(f"{name} is {value} in force, and {asked[name]} by the flags: say so by a flag")
+    return found
+
+
+def optimizer_of(trainer: Trainer) -> dict:
+    """The optimizer that trained, and its settings; the weights in one group, without decay in another if there is."""
+    groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in trainer.optimizer.param_groups]
+    return {"optimizer": type(trainer.optimizer.optimizer).__name__, "groups": groups}
+
+
 class PreparedRun(NamedTuple):
     """A Trainer that is ready to train, and what is known of its run besides."""
 
     trainer: PairedTrainer
     order: np.ndarray  # the test split's row numbers in the order in which it predicts
+    test: pd.DataFrame  # of each of its rows: `row` of the source, `label`, and `group` where rows belong together
     corruption: dict  # the corruption's manifest
     speed: dict  # what is not the library's way
     tokens: dict  # in each split, without padding
@@ -183,8 +216,11 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
     names = ("results_version", "data_fingerprint", "model_fingerprint", "max_length")
     key = {name: run.settings[name] for name in names} | {p: version(p) for p in ("transformers", "tokenizers")}
     folder = Path(wanted.data_dir) / "tokens" / f"{wanted.dataset}-{features.key_of(key)}"
-    tokens, order = features.tokenise(data, tokenizer, wanted.max_length, folder)
-    half = split_halves(np.array(data["test"]["label"]))[order]
+    segments = models.segments(run.model_folder)
+    tokens, order = features.tokenise(data, tokenizer, segments, wanted.max_length, folder)
+    test = data["test"].remove_columns([name for name in features.TEXTS if name in data["test"].column_names])
+    test = test.to_pandas().rename(columns={"source_row": "row"})
+    half = stats.split_halves(test["label"], test.get("group"))[order]
 
     labels = dict(enumerate(data["train"].features["label"].names))
     label2id = {name: label for label, name in labels.items()}
@@ -198,6 +234,8 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
         id2label=labels,
         label2id=label2id,
     )
+    if models.model_fingerprint(run.model_folder) != run.settings["model_fingerprint"]:
+        raise RunError(f"{run.model_folder} was changed while it was being loaded: start the run again")
     plain = wanted.no_unpadding or args.device.type != "cpu"  # none of it has been measured on a GPU
     speed = {"unpadded": unpad.speed_up_encoder(model, wanted.pooling, plain), "quick_dropout": not plain}
     rows, collator = TUNINGS[wanted.tuning](Trainable(model, tokens, tokenizer, run, args))
@@ -207,9 +245,9 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
         classes, labels = evaluated.predictions.argmax(-1), evaluated.label_ids
         predicted.append(classes)
         scores = metric.compute(predictions=classes, references=labels)
-        for name, part in (("half_a", half == 0), ("half_b", half == 1)):
-            part_scores = metric.compute(predictions=classes[part], references=labels[part])
-            scores[f"weighted_f1_{name}"] = part_scores["weighted_f1"]
+        for number, name in enumerate(stats.HALVES):
+            part = half == number
+            scores[name] = metric.compute(predictions=classes[part], references=labels[part])["weighted_f1"]
         return scores
 
     trainer = PairedTrainer(
@@ -219,13 +257,16 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
         train_dataset=rows["train"],
         eval_dataset=rows["test"],
         processing_class=tokenizer,
-        compute_loss_func=mean_over_batch if args.gradient_accumulation_steps > 1 else None,
+        compute_loss_func=partial(mean_over_batch, label_smoothing=args.label_smoothing_factor)
+        if args.gradient_accumulation_steps > 1
+        else None,
         compute_metrics=compute_metrics,
         callbacks=[callbacks.StopIfDiverged()],
     )
+    in_force(trainer)
     trainer.data_order = corrupt.named_generator(args.seed if args.data_seed is None else args.data_seed, "data order")
     counts = {part: sum(rows["length"]) for part, rows in tokens.items()}
-    return PreparedRun(trainer, order, corruption, speed, counts, predicted)
+    return PreparedRun(trainer, order, test, corruption, speed, counts, predicted)
 
 
 # ---- One run ----
@@ -236,18 +277,41 @@ def check(wanted: RunConfig) -> None:
     if wanted.tuning not in TUNINGS:
         raise InputError(f"--tuning {wanted.tuning} is not known: choose from {', '.join(TUNINGS)}")
     training_arguments(wanted, Path(), "")
-    folder, _ = models.find_model(wanted.model)
+    folder, _ = models.find_model(wanted.model, wanted.revision)
     corrupt.check_corruptible(folder, wanted.corrupt, wanted.frac, wanted.method)
     longest = longest_input(folder)
     if not 8 <= wanted.max_length <= longest:
         raise InputError(f"--max_length {wanted.max_length} is not from 8 to {longest}, what {wanted.model} can read")
+    check_model(folder, models.model_fingerprint(folder), wanted.pooling, wanted.no_unpadding)
 
 
 @lru_cache
 def longest_input(folder: Path) -> int:
-    """In tokens."""
-    positions = getattr(models.load_config(folder), "max_position_embeddings", sys.maxsize)
-    return min(positions, models.load_tokenizer(folder).model_max_length)
+    """In tokens. RoBERTa and its like number the positions from behind their padding index."""
+    positions = [getattr(models.load_config(folder), "max_position_embeddings", sys.maxsize)]
+    for name, module in corrupt.empty_model(folder).base_model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            positions.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+    return min(*positions, models.load_tokenizer(folder).model_max_length)
+
+
+@lru_cache
+def check_model(folder: Path, fingerprint: str, pooling: str, plain: bool) -> None:
+    """Load the model once and check its tensors, its tokenizer and what its head reads. Raises InputError."""
+    tokenizer = models.load_tokenizer(folder)
+    model, _ = corrupt.load_corrupted(folder, "none", None, seed=0)
+    ids, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if ids >= rows:
+        raise InputError(f"{folder} has a tokenizer with ids up to {ids}, and embeddings for 0 to {rows - 1}: mend it")
+    one, two = "A fine film.", "It is long, and longer than it need be."
+    texts = [([one, two],), ([two],), ([one, two], [two, two])]
+    try:
+        batches = [tokenizer(*parts, padding=True, return_tensors="pt") for parts in texts]
+        unpad.check_pooling(model, batches, pooling, plain)
+    except InputError:
+        raise
+    except Exception as error:  # each architecture has its own
+        raise InputError(f"{type(model).__name__} in {folder} cannot read a batch: {one_line(error)}") from error
 
 
 def run_training(run: Run) -> dict:
@@ -260,7 +324,7 @@ def run_training(run: Run) -> dict:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % of the time and repeats nothing
         data = data_prep.load(run.config.dataset, run.config.data_dir, run.data["fingerprint"])
-        trainer, order, corruption, speed, tokens, predicted = prepare_run(run, data)
+        trainer, order, test, corruption, speed, tokens, predicted = prepare_run(run, data)
         device = device_of(trainer.args)
 
         checkpoint, before = (run_dir.last_checkpoint(run) if run.config.resume else None) or (None, {})
@@ -294,7 +358,7 @@ def run_training(run: Run) -> dict:
         evaluating = sum(row.get("eval_runtime", 0) for row in trainer.state.log_history)
         best = epochs.to_dict("records")[epochs["weighted_f1"].idxmax()]
         best_classes, rows = predicted[epochs["weighted_f1"].idxmax()], np.argsort(order)
-        predictions = pd.DataFrame({"label": data["test"]["label"], "prediction": best_classes[rows]})
+        predictions = test.assign(**{f"epoch_{k}": classes[rows] for k, classes in enumerate(predicted, 1)})
         if run.config.save_model or run.config.save_vectors:
             with unpad.capture_pooled(trainer.model) as pooled:
                 read_back = trainer.predict(trainer.eval_dataset)
@@ -306,10 +370,11 @@ def run_training(run: Run) -> dict:
         if run.config.save_vectors:
             np.save(new / "vectors.npy", torch.cat(pooled).numpy()[rows], allow_pickle=False)
         if run.config.save_model:
+            trainer.processing_class.model_max_length = run.config.max_length
             trainer.save_model(str(new / "model"))
+            unpad.save_pooling(new / "model", run.config.pooling)
         epochs.to_csv(new / "epochs.csv", index=False)
-        gzip = {"method": "gzip", "mtime": 0}
-        predictions.to_csv(new / "predictions.csv.gz", index_label="row", compression=gzip)
+        predictions.to_csv(new / "predictions.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
         total = before.get("total", 0.0) + time.perf_counter() - started
         result = {
             "weighted_f1": best["weighted_f1"],
@@ -327,6 +392,7 @@ def run_training(run: Run) -> dict:
             "data": {name: run.data[name] for name in ("request", "source", "dropped", "rows", "rows_per_class")}
             | {"tokens": tokens},
             "corruption": corruption,
+            "in_force": in_force(trainer) | optimizer_of(trainer),
             "speed": speed,
             "resumed_from": resumed_from,
             "seconds": {"train": timer.seconds, "evaluate": evaluating, "total": total},
@@ -336,7 +402,7 @@ def run_training(run: Run) -> dict:
             "commit": git_commit(),
             "files": run_dir.list_files(new),
         }
-        (new / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        run_dir.write_result(new / "result.json", result)
         run_dir.publish(run)
         return result
 
@@ -345,7 +411,7 @@ def epoch_table(log: list[dict]) -> pd.DataFrame:
     """A row for each epoch: train and test loss, accuracy, weighted F1, and the F1 on either half of the test split."""
     train = pd.DataFrame([row for row in log if "loss" in row])[["epoch", "loss"]]
     test = pd.DataFrame([row for row in log if "eval_loss" in row])
-    scores = [f"eval_{name}" for name in ("accuracy", "weighted_f1", "weighted_f1_half_a", "weighted_f1_half_b")]
+    scores = [f"eval_{name}" for name in ("accuracy", "weighted_f1", *stats.HALVES)]
     table = train.merge(test[["epoch", "eval_loss", *scores]], on="epoch", validate="one_to_one").convert_dtypes()
     return table.rename(columns={"loss": "train_loss"} | {name: name.removeprefix("eval_") for name in scores})
 

@@ -5,18 +5,22 @@ part saves is in docs/performance.md; `train.py --no_unpadding` leaves all of it
 """
 
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import ModelOutput
 
 import corrupt
+from common import InputError
 
 # Architectures whose layers mix tokens in the attention function alone, which transformers lets one replace.
 UNPADDABLE = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
@@ -51,11 +55,11 @@ def with_output(output: ModelOutput | tuple, hidden: torch.Tensor) -> ModelOutpu
 # ---- Pooling (Table 3) ----
 
 
-def pool_mean(model: PreTrainedModel) -> None:
+def pool_mean(model: PreTrainedModel) -> RemovableHandle:
     """Put the mean over the non-[CLS], non-padding positions in the place of position 0, before pooler and head.
 
     The paper's section A.1, for every architecture whose pooler or head reads position 0. [CLS] is the first position
-    that is not padding, [SEP] counts as a token. In place: the model has the hook from then on.
+    that is not padding, [SEP] counts as a token. In place: the model has the hook until the handle's `remove()`.
     """
     get_mask = mask_getter(model)
 
@@ -66,7 +70,30 @@ def pool_mean(model: PreTrainedModel) -> None:
         mean = (hidden * body).sum(dim=1, keepdim=True) / body.sum(dim=1, keepdim=True)
         return with_output(output, torch.cat([mean.to(hidden.dtype), hidden[:, 1:]], dim=1))
 
-    encoder_of(model).register_forward_hook(replace_first)
+    return encoder_of(model).register_forward_hook(replace_first)
+
+
+MEAN = "-mean-pooling"  # ends the architecture's name in a saved model's configuration: a plain load must not take it
+
+
+def save_pooling(folder: Path, pooling: str) -> None:
+    """Make a saved model say in its configuration that it needs `load_saved`, if its pooling is mean."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if pooling == "mean":
+        config |= {"model_type": config["model_type"] + MEAN, "architectures": [config["architectures"][0] + MEAN]}
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_saved(folder: str | Path) -> PreTrainedModel:
+    """A model that train.py saved with --save_model, with its pooling: it gives the run's predictions."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    mean = config["model_type"].endswith(MEAN)
+    config = AutoConfig.for_model(**config | {"model_type": config["model_type"].removesuffix(MEAN)})
+    model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, use_safetensors=True)
+    if mean:
+        pool_mean(model)
+    return model
 
 
 # ---- No padding ----
@@ -195,6 +222,57 @@ def speed_up_encoder(model: PreTrainedModel, pooling: str, plain: bool) -> bool:
     if not plain:
         use_quick_dropout(model)
     return unpadded
+
+
+@torch.no_grad()
+def check_pooling(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], pooling: str, plain: bool) -> None:
+    """Check by numbers, on each batch, that the head reads what `pooling` says; speeds the model up, in place.
+
+    On the library's own path the encoder's last output is changed: the logits must move with what `pooling` reads and
+    must not move with the rest, for mean not even where each token changes and their mean stays. Then the path of
+    `speed_up_encoder` must give the library's logits. Raises InputError.
+    """
+    model.eval()
+    hook, place = None, corrupt.encoder_layers(model)[-1]
+    if pooling == "mean":
+        hook, place = pool_mean(model), encoder_of(model)
+    name, reads = type(model).__name__, "[CLS] alone" if pooling == "cls" else "the mean of the other tokens alone"
+    expected = []
+    for tokens in batches:
+        real = tokens["attention_mask"].bool()
+        first = torch.zeros_like(real).scatter(1, real.int().argmax(dim=1, keepdim=True), True)
+        noise = torch.randn((*real.shape, model.config.hidden_size), generator=corrupt.named_generator(0, "noise"))
+        body = (real & ~first).unsqueeze(-1)
+        around_mean = (noise - (noise * body).sum(1, keepdim=True) / body.sum(1, keepdim=True)) * body
+        outside, inside = noise * ~first.unsqueeze(-1), noise * first.unsqueeze(-1)
+        if pooling == "mean":
+            outside, inside = noise * ~body + around_mean, noise * body
+        logits = model(**tokens).logits
+        moved = [(logits_with(noise, place, model, tokens) - logits).abs().amax(1) for noise in (outside, inside)]
+        rounding = 1e-3 * moved[1].min()
+        if not moved[0].max() < rounding:
+            raise InputError(f"--pooling {pooling} is not possible with {name}: its head does not read {reads}")
+        expected.append((logits, rounding))
+    if hook:
+        hook.remove()
+    speed_up_encoder(model, pooling, plain)
+    for tokens, (logits, rounding) in zip(batches, expected, strict=True):
+        if not (model(**tokens).logits - logits).abs().max() < rounding:
+            raise InputError(f"{name} gives other logits without padding than with it: give --no_unpadding True")
+
+
+def logits_with(noise: torch.Tensor, place: nn.Module, model: PreTrainedModel, tokens: dict) -> torch.Tensor:
+    """The logits when `noise`, in units of the deviation, is added to the output of `place`."""
+
+    def add(module: nn.Module, args: tuple, output: ModelOutput | tuple | torch.Tensor) -> object:
+        if isinstance(output, torch.Tensor):
+            return output + 3 * output.std() * noise
+        return with_output(output, output[0] + 3 * output[0].std() * noise)
+
+    hook = place.register_forward_hook(add, prepend=True)
+    logits = model(**tokens).logits
+    hook.remove()
+    return logits
 
 
 @contextmanager

@@ -190,8 +190,8 @@ def test_a_result_of_before_a_flag(flags: list[str]) -> None:
     train.run_or_reuse(run)
     path = run.folder / "result.json"
     result = json.loads(path.read_text())
-    del result["settings"]["weight_decay"]
-    path.write_text(json.dumps(result))
+    del result["settings"]["weight_decay"], result["sha256"]
+    run_dir.write_result(path, result)
     assert run_dir.load_valid_result(run)
     decayed = run_of([*flags, "--weight_decay", "0.1"])
     run.folder.rename(decayed.folder)

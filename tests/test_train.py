@@ -4,24 +4,27 @@ import json
 import shutil
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import random_model, run_of
 from safetensors.torch import save
 from sklearn.metrics import f1_score
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, pipeline
 
 import config
 import corrupt
 import data_prep
+import features
 import models
 import paper
 import run_dir
+import stats
 import train
+import unpad
 from common import InputError, RunError
 
 ROOT = Path(train.__file__).parent
@@ -62,11 +65,12 @@ def test_a_whole_run(flags: list[str], small_data: Path, tmp_path: Path) -> None
 
     rows = pd.read_csv(run.folder / "predictions.csv.gz")
     test = data_prep.load("rotten_tomatoes", small_data)["test"]
-    assert rows["row"].tolist() == list(range(50)) and rows["label"].tolist() == test["label"]
+    assert rows["row"].tolist() == test["source_row"][:] and rows["label"].tolist() == test["label"][:]
     half_b = rows.groupby("label").cumcount() % 2 == 1
     for name, part in (("", rows.index >= 0), ("_half_a", ~half_b), ("_half_b", half_b)):
-        f1 = f1_score(rows["label"][part], rows["prediction"][part], average="weighted", zero_division=0)
-        assert best[f"weighted_f1{name}"] == pytest.approx(f1, abs=1e-12)
+        for k, epoch in epochs.iterrows():
+            f1 = f1_score(rows["label"][part], rows[f"epoch_{k + 1}"][part], average="weighted", zero_division=0)
+            assert epoch[f"weighted_f1{name}"] == pytest.approx(f1, abs=1e-12)
 
     assert result["corruption"]["layers"] == [1] and len(result["corruption"]["tensors"]) == 16
     assert result["settings"]["data_fingerprint"] == data_prep.manifest("rotten_tomatoes", small_data)["fingerprint"]
@@ -98,9 +102,12 @@ def test_results_of_other_settings_do_not_count(flags: list[str], capsys: pytest
     assert run_dir.load_valid_result(run)
     path = run.folder / "result.json"
     result = json.loads(path.read_text())
-    path.write_text(json.dumps({**result, "settings": {**result["settings"], "results_version": 0}}))
+    del result["sha256"]
+    run_dir.write_result(path, {**result, "settings": {**result["settings"], "results_version": 0}})
     assert run_dir.load_valid_result(run) is None
-    assert f"results_version 0 (now {config.RESULTS_VERSION})" in capsys.readouterr().err
+    assert f"its results_version is 0, this code's is {config.RESULTS_VERSION}" in capsys.readouterr().err
+    run_dir.write_result(path, result)
+    assert run_dir.load_valid_result(run)
     path.write_text(path.read_text()[:-100])
     assert run_dir.load_valid_result(run) is None
 
@@ -164,27 +171,148 @@ def test_seeds_share_no_epoch(flags: list[str], small_data: Path) -> None:
     assert len(set(epochs)) == 6
 
 
-# The saved model, read back by the library and run on one text after the other, makes the predictions of the file, also
-# where the library would sort the rows by length when it predicts.
-def test_predictions_belong_to_their_rows(flags: list[str], small_data: Path) -> None:
-    fast = ["--model", "minilm", "--num_train_epochs", "1", "--learning_rate", "5e-4", "--max_length", "32"]
-    run = run_of([*flags, *fast, "--save_model", "--train_sampling_strategy", "group_by_length"])
+def own_pairs(small_data: Path, folder: Path) -> Path:
+    """Rotten Tomatoes' sentences cut in two, as a user's own set."""
+    folder.mkdir()
+    for part, rows in data_prep.load("rotten_tomatoes", small_data).items():
+        frame = rows.to_pandas()[["text", "label"]]
+        frame["sentence1"], frame["sentence2"] = (frame["text"].str.split().str[half] for half in HALVES)
+        frame["sentence1"], frame["sentence2"] = frame["sentence1"].str.join(" "), frame["sentence2"].str.join(" ")
+        frame.drop(columns="text").to_json(folder / f"{part}.jsonl", orient="records", lines=True)
+    return folder
+
+
+HALVES = (slice(0, None, 2), slice(1, None, 2))
+
+
+# The saved model, loaded as docs/outputs.md says and run on one text after the other, makes the best epoch's predictions
+# of the file, also where the library would sort the rows by length when it predicts. A plain load of a model with mean
+# pooling, which would make others, fails.
+@pytest.mark.parametrize(
+    ("pooling", "lowercase", "pairs"),
+    [("cls", True, False), ("mean", False, False), ("cls", False, True), ("mean", True, True)],
+)
+def test_a_saved_model_is_the_run(
+    pooling: str, lowercase: bool, pairs: bool, flags: list[str], small_data: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(models.find_model("minilm")[0], tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"]["lowercase"] = lowercase
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    data = own_pairs(small_data, tmp_path / "pairs") if pairs else "rotten_tomatoes"
+    where = [
+        "--model",
+        str(folder),
+        "--dataset",
+        str(data),
+        "--data_dir",
+        str(tmp_path / "data" if pairs else small_data),
+    ]
+    fast = ["--num_train_epochs", "1", "--learning_rate", "5e-4", "--max_length", "24", "--pooling", pooling]
+    run = run_of([*flags, *where, *fast, "--save_model", "--train_sampling_strategy", "group_by_length"])
     train.run_training(run)
-    model = AutoModelForSequenceClassification.from_pretrained(run.folder / "model").eval()
-    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
-    test = data_prep.load("rotten_tomatoes", small_data)["test"]
-    texts = [tokenizer(text, truncation=True, max_length=32, return_tensors="pt") for text in test["text"]]
+    saved = run.folder / "model"
+    model, tokenizer = unpad.load_saved(saved).eval(), AutoTokenizer.from_pretrained(saved)
+    test = data_prep.load(run.config.dataset, run.config.data_dir)["test"]
+    columns = [test[name][:] for name in features.TEXTS if name in test.column_names]
+    texts = [tokenizer(*parts, truncation=True, return_tensors="pt") for parts in zip(*columns, strict=True)]
     with torch.no_grad():
         expected = [model(**text).logits.argmax().item() for text in texts]
-    predictions = pd.read_csv(run.folder / "predictions.csv.gz")["prediction"]
-    assert min(predictions.value_counts()[[0, 1]]) > 5 and len({text["input_ids"].shape for text in texts}) > 10
-    assert predictions.tolist() == expected
-    assert model.config.id2label == dict(enumerate(test.features["label"].names))
+    predictions = pd.read_csv(run.folder / "predictions.csv.gz")
+    assert predictions["epoch_1"].value_counts().min() > 5 and max(text["input_ids"].shape[1] for text in texts) == 24
+    assert predictions["epoch_1"].tolist() == expected and predictions["row"].tolist() == test["source_row"][:]
+    assert list(model.config.id2label.values()) == test.features["label"].names
+    if pooling == "mean":
+        for load in (AutoModelForSequenceClassification.from_pretrained, partial(pipeline, "text-classification")):
+            with pytest.raises(ValueError, match="mean-pooling"):
+                load(str(saved))
+    else:
+        answers = pipeline("text-classification", model=str(saved))
+        first = [dict(zip(("text", "text_pair"), parts, strict=False)) for parts in zip(*columns, strict=True)]
+        assert [model.config.label2id[answer["label"]] for answer in answers(first, truncation=True)] == expected
 
 
-# Five rows of class 0 and two of class 1: each half has its share of both.
-def test_halves_are_stratified() -> None:
-    assert train.split_halves(np.array([0, 0, 1, 0, 1, 0, 0])).tolist() == [0, 1, 0, 0, 1, 1, 0]
+# Five rows of class 0 and two of class 1: each half has its share of both. Rows of a group stay together.
+def test_halves() -> None:
+    labels = pd.Series([0, 0, 1, 0, 1, 0, 0])
+    assert stats.split_halves(labels).tolist() == [0, 1, 0, 0, 1, 1, 0]
+    groups = pd.Series([7, 7, 5, 2, 5, 9, 9])  # first labels: 7: 0, 5: 1, 2: 0, 9: 0
+    half = stats.split_halves(labels, groups).tolist()
+    assert half[0] == half[1] and half[2] == half[4] and half[5] == half[6] and sum(half) in (1, 2, 3, 4)
+
+
+# ---- Settings in force ----
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "ACCELERATE_MIXED_PRECISION=bf16",
+        "ACCELERATE_MIXED_PRECISION=fp16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4",
+        "ACCELERATE_DYNAMO_BACKEND=inductor",
+        "ACCELERATE_USE_DEEPSPEED=true",
+        "ACCELERATE_USE_CPU=1",
+        "ACCELERATE_DOWNCAST_BF16=true",
+        "ACCELERATE_SOMETHING_NEW=1",
+        "NVIDIA_TF32_OVERRIDE=1",
+        "ONEDNN_DEFAULT_FPMATH_MODE=BF16",
+    ],
+)
+def test_what_the_environment_would_change(
+    variable: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv(*variable.split("="))
+    assert f"{variable} in the environment would change the numbers" in refused(monkeypatch, capsys, flags)
+    assert not (tmp_path / "outputs").exists()
+
+
+# What `accelerate launch` sets by itself, and what cannot change a number, is let pass.
+def test_what_the_environment_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    harmless = "MIXED_PRECISION=no DYNAMO_BACKEND=no USE_CPU=False GRADIENT_ACCUMULATION_STEPS=1 DYNAMO_MODE=default"
+    for variable in [*harmless.split(), "LOG_LEVEL=info", "DEBUG_MODE=1", "CPU_AFFINITY=1", "ENABLE_RICH=1"]:
+        monkeypatch.setenv(*f"ACCELERATE_{variable}".split("="))
+    config.check_environment()
+
+
+# What the Trainer works with stands in the result; a difference from the flags, wherever it comes from, is refused.
+def test_settings_in_force(flags: list[str], small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = ["--label_smoothing_factor", "0.1", "--gradient_accumulation_steps", "2", "--bf16", "True"]
+    result = train.run_training(run_of([*flags, *changes, "--weight_decay", "0.5"]))
+    expected = {"mixed_precision": "bf16", "train_batch_size": 32, "gradient_accumulation_steps": 2}
+    expected |= {"label_smoothing": 0.1, "processes": 1, "tf32": False, "optimizer": "AdamW"}
+    assert expected.items() <= result["in_force"].items()
+    assert [group["weight_decay"] for group in result["in_force"]["groups"]] == [0.5, 0.0]
+    data = data_prep.load("rotten_tomatoes", small_data)
+    trainer = train.prepare_run(run_of(flags), data).trainer
+    for name, value in (("per_device_train_batch_size", 16), ("bf16", True), ("label_smoothing_factor", 0.5)):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="in force, and .* by the flags"):
+            patch.setattr(trainer.args, name, value)
+            train.in_force(trainer)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(config, "check_environment", lambda: None)
+    with pytest.raises(InputError, match="mixed_precision is bf16 in force, and no by the flags"):
+        train.prepare_run(run_of(flags), data)
+
+
+# Label smoothing does the same in one batch of 32 and in four parts of 8, and does something.
+def test_label_smoothing_in_parts(tmp_path: Path, small_data: Path) -> None:
+    folder = random_model("bert", tmp_path / "bert", hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    flags = ["--model", str(folder), "--dataset", "bbc_news", "--data_dir", str(small_data), "--disable_tqdm", "True"]
+    flags += ["--num_train_epochs", "1", "--learning_rate", "1e-3", "--output_dir", str(tmp_path)]
+    losses = {}
+    for smoothing in ("0.0", "0.4"):
+        for rows, parts in ((32, 1), (8, 4)):
+            split = ["--per_device_train_batch_size", str(rows), "--gradient_accumulation_steps", str(parts)]
+            run = run_of([*flags, *split, "--label_smoothing_factor", smoothing])
+            train.run_training(run)
+            losses[smoothing, parts] = pd.read_csv(run.folder / "epochs.csv")[["train_loss", "eval_loss"]].to_numpy()[0]
+    for smoothing in ("0.0", "0.4"):
+        assert losses[smoothing, 1] == pytest.approx(losses[smoothing, 4], abs=1e-4)
+    assert abs(losses["0.0", 4] - losses["0.4", 4]).min() > 1e-4
+
+
+# ---- What is refused ----
 
 
 def make_folder(folder: Path, **files: str) -> Path:
@@ -323,7 +451,7 @@ def test_accumulated_parts_equal_the_whole_batch(flags: list[str], small_data: P
 def test_a_silent_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     ask, timeouts = models.HfApi.model_info, []
 
-    def model_info(hub: object, name: str, timeout: float) -> None:
+    def model_info(hub: object, name: str, revision: None, timeout: float) -> None:
         timeouts.append(timeout)
         ask(hub, name, timeout=timeout)
 
