@@ -16,7 +16,6 @@ import data_prep
 import features
 import train
 import unpad
-from common import InputError
 from config import Run
 
 

@@ -185,13 +185,13 @@ def own_pairs(small_data: Path, folder: Path) -> Path:
 HALVES = (slice(0, None, 2), slice(1, None, 2))
 
 
-# The saved model, loaded as docs/outputs.md says and run on one text after the other, makes the best epoch's predictions
-# of the file, also where the library would sort the rows by length when it predicts. A plain load of a model with mean
-# pooling, which would make others, fails.
-@pytest.mark.parametrize(
-    ("pooling", "lowercase", "pairs"),
-    [("cls", True, False), ("mean", False, False), ("cls", False, True), ("mean", True, True)],
-)
+# The saved model, loaded as docs/outputs.md says and run on one text after the other, makes the file's predictions even
+# where the library would sort the rows by length when it predicts. A plain load of a model with mean pooling, which
+# would make others, fails.
+KINDS = [("cls", True, False), ("mean", False, False), ("cls", False, True), ("mean", True, True)]
+
+
+@pytest.mark.parametrize(("pooling", "lowercase", "pairs"), KINDS)
 def test_a_saved_model_is_the_run(
     pooling: str, lowercase: bool, pairs: bool, flags: list[str], small_data: Path, tmp_path: Path
 ) -> None:
@@ -200,14 +200,8 @@ def test_a_saved_model_is_the_run(
     content["normalizer"]["lowercase"] = lowercase
     (folder / "tokenizer.json").write_text(json.dumps(content))
     data = own_pairs(small_data, tmp_path / "pairs") if pairs else "rotten_tomatoes"
-    where = [
-        "--model",
-        str(folder),
-        "--dataset",
-        str(data),
-        "--data_dir",
-        str(tmp_path / "data" if pairs else small_data),
-    ]
+    where = ["--model", str(folder), "--dataset", str(data)]
+    where += ["--data_dir", str(tmp_path / "data")] if pairs else []
     fast = ["--num_train_epochs", "1", "--learning_rate", "5e-4", "--max_length", "24", "--pooling", pooling]
     run = run_of([*flags, *where, *fast, "--save_model", "--train_sampling_strategy", "group_by_length"])
     train.run_training(run)
@@ -219,7 +213,7 @@ def test_a_saved_model_is_the_run(
     with torch.no_grad():
         expected = [model(**text).logits.argmax().item() for text in texts]
     predictions = pd.read_csv(run.folder / "predictions.csv.gz")
-    assert predictions["epoch_1"].value_counts().min() > 5 and max(text["input_ids"].shape[1] for text in texts) == 24
+    assert predictions["epoch_1"].value_counts().min() > 2 and max(text["input_ids"].shape[1] for text in texts) == 24
     assert predictions["epoch_1"].tolist() == expected and predictions["row"].tolist() == test["source_row"][:]
     assert list(model.config.id2label.values()) == test.features["label"].names
     if pooling == "mean":
@@ -277,7 +271,16 @@ def test_what_the_environment_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # What the Trainer works with stands in the result; a difference from the flags, wherever it comes from, is refused.
 def test_settings_in_force(flags: list[str], small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changes = ["--label_smoothing_factor", "0.1", "--gradient_accumulation_steps", "2", "--bf16", "True"]
+    changes = [
+        "--label_smoothing_factor",
+        "0.1",
+        "--gradient_accumulation_steps",
+        "2",
+        "--bf16",
+        "True",
+        "--use_cpu",
+        "True",
+    ]
     result = train.run_training(run_of([*flags, *changes, "--weight_decay", "0.5"]))
     expected = {"mixed_precision": "bf16", "train_batch_size": 32, "gradient_accumulation_steps": 2}
     expected |= {"label_smoothing": 0.1, "processes": 1, "tf32": False, "optimizer": "AdamW"}
@@ -285,8 +288,8 @@ def test_settings_in_force(flags: list[str], small_data: Path, monkeypatch: pyte
     assert [group["weight_decay"] for group in result["in_force"]["groups"]] == [0.5, 0.0]
     data = data_prep.load("rotten_tomatoes", small_data)
     trainer = train.prepare_run(run_of(flags), data).trainer
-    for name, value in (("per_device_train_batch_size", 16), ("bf16", True), ("label_smoothing_factor", 0.5)):
-        with monkeypatch.context() as patch, pytest.raises(InputError, match="in force, and .* by the flags"):
+    for name, value in (("bf16", True), ("label_smoothing_factor", 0.5), ("tf32", True)):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=r"in force, and .* by the flags"):
             patch.setattr(trainer.args, name, value)
             train.in_force(trainer)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

@@ -1,17 +1,21 @@
 """What runs inside the encoder, against the library's own encoder on the same weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_model
+from conftest import ARCHITECTURES, SIZES, random_model
 from scipy.stats import chisquare
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding, PreTrainedModel
 
 import corrupt
+import train
 import unpad
+from common import InputError
 
 # what follows the encoder's output of shape (rows, positions, hidden size)
 FIRST = {
@@ -145,3 +149,77 @@ def test_dropout_in_an_unpadded_model(tmp_path: Path) -> None:
     assert not torch.equal(outputs[0], outputs[1])
     error = (outputs.mean(0) - expected).abs() / (outputs.std(0) / 2_000**0.5)
     assert error.max() < 6
+
+
+# ---- Does the head read what --pooling says? ----
+
+SHAPES = {
+    "modernbert": {**SIZES, "pad_token_id": 0, "cls_token_id": 101, "sep_token_id": 102, "classifier_pooling": "mean"},
+    "deberta-v2": SIZES,
+    "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 32},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *SHAPES])
+def test_pooling_is_checked(architecture: str, pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, architecture, {**ARCHITECTURES, **SHAPES}[architecture])
+    folder = random_model(architecture, tmp_path / architecture)
+    if architecture in ("opt", "gpt2") or (architecture, pooling) == ("deberta-v2", "mean"):
+        with pytest.raises(InputError, match=f"--pooling {pooling} is not possible with .*ForSequenceClassification"):
+            train.check_model(folder, "fingerprint", pooling, False)
+    else:
+        train.check_model(folder, "fingerprint", pooling, False)
+
+
+def last_token(module: nn.Module, args: tuple) -> tuple:
+    return (args[0].flip(1),)
+
+
+def all_tokens(module: nn.Module, args: tuple) -> tuple:
+    return (args[0] + 0.1 * args[0].mean(1, keepdim=True),)
+
+
+# A head that reads another position, or others as well, is found out; so is a mean that takes [CLS] or the padding
+# along or is not a mean, and a path of ours that gives other logits.
+@pytest.mark.parametrize(
+    ("pooling", "fault"), [("cls", last_token), ("cls", all_tokens), ("mean", last_token), ("mean", all_tokens)]
+)
+def test_a_head_that_reads_something_else(pooling: str, fault: Callable, tiny_bert: Path) -> None:
+    model, _ = corrupt.load_corrupted(tiny_bert, "none", None, seed=0)
+    tokens = batches(tiny_bert)[:2]
+    unpad.check_pooling(corrupt.load_corrupted(tiny_bert, "none", None, seed=0)[0], tokens, pooling, False)
+    model.bert.pooler.register_forward_pre_hook(fault)
+    with pytest.raises(InputError, match="its head does not read"):
+        unpad.check_pooling(model, tokens, pooling, True)
+
+
+def mean_of_all(model: PreTrainedModel) -> RemovableHandle:
+    return unpad.encoder_of(model).register_forward_hook(
+        lambda module, args, output: unpad.with_output(output, output[0].mean(1, keepdim=True).expand_as(output[0]))
+    )
+
+
+def largest(model: PreTrainedModel) -> RemovableHandle:
+    return unpad.encoder_of(model).register_forward_hook(
+        lambda module, args, output: unpad.with_output(
+            output, output[0][:, 1:3].amax(1, keepdim=True).expand_as(output[0])
+        )
+    )
+
+
+@pytest.mark.parametrize("pool", [mean_of_all, largest])
+def test_a_mean_of_something_else(pool: Callable, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpad, "pool_mean", pool)
+    model, _ = corrupt.load_corrupted(tiny_bert, "none", None, seed=0)
+    with pytest.raises(InputError, match="does not read the mean of the other tokens alone"):
+        unpad.check_pooling(model, batches(tiny_bert)[:2], "mean", True)
+
+
+def test_another_path(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_of = unpad.rows_of
+    monkeypatch.setattr(unpad, "rows_of", lambda *args: [rows * 1.01 for rows in rows_of(*args)])
+    model, _ = corrupt.load_corrupted(tiny_bert, "none", None, seed=0)
+    with pytest.raises(InputError, match="gives other logits without padding"):
+        unpad.check_pooling(model, batches(tiny_bert)[:2], "cls", False)
