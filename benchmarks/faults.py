@@ -58,7 +58,7 @@ class Bench:
         print(f"undisturbed: {RUNS} runs in {time.perf_counter() - started:.0f} s", flush=True)
 
     def prepare(self) -> None:
-        where = ["--data_dir", self.folder / "data", "--output_dir", self.folder / "table2"]
+        where = ["--data_dir", self.folder / "data"]
         command = [sys.executable, "data_prep.py", "--train_size", "96", "--test_size", "50", *where]
         subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
 

@@ -36,11 +36,9 @@ def script(*command: object) -> subprocess.CompletedProcess:
 
 def test_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     data, outputs = str(tmp_path / "my data"), tmp_path / "my outputs"
-    prepared = script(
-        "data_prep.py", "--train_size", 40, "--test_size", 20, "--data_dir", data, "--output_dir", outputs
-    )
+    prepared = script("data_prep.py", "--train_size", 40, "--test_size", 20, "--data_dir", data)
     assert prepared.returncode == 0, prepared.stderr
-    assert pd.read_csv(outputs / "table2.csv")["train"].tolist() == [40, 40]
+    assert pd.read_csv(Path(data) / "table2.csv")["train"].tolist() == [40, 40]
     flags = ["--data_dir", data, "--output_dir", str(outputs), "--max_steps", "1", "--jobs", "2"]
 
     monkeypatch.setattr(sys, "argv", ["grid.py", "--preset", "demo", *flags, "--dry_run"])
@@ -74,6 +72,12 @@ def test_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert done.stdout.count("12 runs: 12 are there, 0 to do") == 2 and done.stdout.endswith("False\n"), done.stderr
     assert all(path.stat().st_mtime_ns == time for path, time in results.items())
 
+    # what was asked for is noted, each run under its folder's name
+    (asked,) = json.loads((outputs / "asked.json").read_text()).items()
+    assert asked[0].startswith("python grid.py --data_dir") and set(asked[1]) == {
+        path.parent.name for path in results
+    } | {blocked.name}
+
     # the command that stands in a result gives the same numbers, to the last digit, in a process of its own
     (run,) = outputs.glob("runs/minilm*bottom-50*bbc_news*full*")
     command = json.loads((run / "result.json").read_text())["command"]
@@ -85,6 +89,7 @@ def test_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
     tables = script("aggregate.py", "--output_dir", outputs)
     assert tables.returncode == 0 and "12 cells from 12 runs, 0 cells missing" in tables.stdout, tables.stderr
+    assert pd.read_csv(outputs / "table2.csv")["train"].tolist() == [40, 40]
     by_tuning = {tuning: pd.read_csv(outputs / f"table{number}.csv") for tuning, number in (("full", 1), ("probe", 4))}
     for tuning, columns in (("full", 6), ("probe", 4)):
         assert by_tuning[tuning]["corruption"].tolist() == ["0%", "50% (1-3)", "100% (1-6)"]

@@ -16,6 +16,7 @@ import data_prep
 import features
 import train
 import unpad
+from common import InputError
 from config import Run
 
 
@@ -153,3 +154,16 @@ def test_another_file_in_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture
         assert "all/train.arrow is not what was written: making it again" in capsys.readouterr().err
         assert read("all", rows) == [1, 2, 3, 4] and capsys.readouterr().err == ""
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["train.arrow", "train.sha256"]
+
+
+# Labels that are not those of the prepared rows, in a file that is whole under its own digest, are never used.
+def test_other_labels_in_the_cache(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"x": [1, 2, 3], "label": [0, 1, 1]})
+    reversed_labels = Dataset.from_dict({"x": [1, 2, 3], "label": [1, 0, 0]})
+
+    def make(part: Dataset) -> None:
+        features.cached_map(DatasetDict(test=part), lambda batch: {"y": batch["x"]}, tmp_path / "tokens")
+
+    make(reversed_labels)
+    with pytest.raises(InputError, match=r"test\.arrow has other labels than its rows: delete .*tokens"):
+        make(rows)
