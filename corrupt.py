@@ -195,6 +195,7 @@ def load_corrupted(
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the library's report of new weights says what the manifest says
+    logging.disable_progress_bar()
     usual = {"problem_type": "single_label_classification", "return_dict": True, "classifier_pooling": "cls"}
     usual |= {"output_hidden_states": False, "output_attentions": False}
     config = {name: value for name, value in usual.items() if hasattr(models.load_config(folder), name)} | config
@@ -308,7 +309,6 @@ def main() -> None:
     args = parser.parse_args()
     if not math.isfinite(args.kaiming_a):
         parser.error(f"--kaiming_a {args.kaiming_a} is not finite")
-    logging.disable_progress_bar()
     try:
         manifest = save_corrupted(**vars(args))
     except USER_ERRORS as error:

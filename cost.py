@@ -4,7 +4,6 @@ Tokens are counted in the prepared rows, without padding. The speed of a model i
 output folder, else that of a few steps with random weights.
 """
 
-import json
 import math
 import statistics
 import time
@@ -15,8 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 
 import data_prep
+import features
 import models
 import paper
+import run_dir
 import unpad
 from config import RunConfig
 
@@ -65,7 +66,7 @@ def count_tokens(dataset: str, data_dir: str, max_length: int) -> tuple[int, int
         return tuple(count * max_length for count in count_rows(dataset, data_dir))
     tokenizer, counts = models.load_tokenizer(models.find_model("minilm")[0]), []
     for part in data_prep.load(prepared["dataset"], data_dir).values():
-        texts = [list(part[column]) for column in part.column_names if column != "label"]
+        texts = [list(part[column]) for column in features.TEXTS if column in part.column_names]
         counts.append(sum(min(len(ids), max_length) for ids in tokenizer(*texts, verbose=False)["input_ids"]))
     return tuple(counts)
 
@@ -89,13 +90,13 @@ def finished_rates(output_dir: Path) -> dict[tuple, float]:
     rates: dict[tuple, list[float]] = {}
     for path in output_dir.glob("runs/*/result.json"):
         try:
-            result = json.loads(path.read_text())
+            result = run_dir.read_result(path.parent)
             s, (train, test) = result["settings"], result["data"]["tokens"].values()
             read = train + test if s["tuning"] == "probe" else result["epochs"] * (3 * train + test)
             if s["max_steps"] < 0:
                 seconds = max(0.1, result["seconds"]["total"] - RUN_SECONDS)
                 rates.setdefault((s["model"], s["tuning"], s["bf16"]), []).append(seconds / read)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except run_dir.UNREADABLE:
             continue
     return {kind: statistics.median(of_kind) for kind, of_kind in rates.items()}
 

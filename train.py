@@ -471,7 +471,6 @@ def run_in_worker(run: Run, wait: bool) -> tuple[str, str]:
 
 def silence_libraries() -> None:
     """The console gets the Trainer's own lines and errors; all that the libraries say goes to the run's log."""
-    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     for name in ("transformers", "datasets", "huggingface_hub"):
         logger = logging.getLogger(name)

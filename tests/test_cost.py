@@ -1,6 +1,5 @@
 """What a grid costs: counted by hand, and the prediction's parts against sums by hand."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import corrupt
 import cost
 import data_prep
 import models
-from config import RunConfig
+import run_dir
+from config import NEUTRAL_VALUES, RESULTS_VERSION, RunConfig, run_name
 
 WEIGHTS = 6 * (12 * 384**2 + 13 * 384)  # of minilm's layers
 
@@ -52,25 +52,27 @@ def test_tokens(small_data: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "longer than" not in caplog.text
 
 
-def finish(run: RunConfig, name: str, seconds: float, **settings: object) -> None:
+def finish(run: RunConfig, seed: int, seconds: float, **settings: object) -> None:
     """Leave the result of a run of two epochs over 100 and 40 tokens."""
-    kept = {"model": run.model, "tuning": run.tuning, "bf16": run.bf16, "max_steps": -1} | settings
+    cell = {"model": run.model, "side": "none", "percent": 0.0, "dataset": run.dataset, "seed": seed}
+    prints = {"results_version": RESULTS_VERSION, "model_fingerprint": "a", "data_fingerprint": "b"}
+    kept = NEUTRAL_VALUES | cell | prints | settings
     tokens = {"tokens": {"train": 100, "test": 40}}
-    folder = Path(run.output_dir) / "runs" / name
+    folder = Path(run.output_dir) / "runs" / run_name(kept)
     folder.mkdir(parents=True)
     result = {"settings": kept, "data": tokens, "epochs": 2, "seconds": {"total": seconds}}
-    (folder / "result.json").write_text(json.dumps(result))
+    run_dir.write_result(folder / "result.json", result)
 
 
 # A run's fixed second is left out; of several the median counts. Runs that were cut short, and what cannot be read, are
 # passed over. Full: 2 (3 x 100 + 40) = 680 tokens; a probe's encoder reads 140.
 def test_speed_of_finished_runs(rte: RunConfig) -> None:
-    for name, seconds in (("a", 1 + 680 * 0.01), ("b", 1 + 680 * 0.02), ("c", 1 + 680 * 0.09)):
-        finish(rte, name, seconds)
-    finish(rte, "probe", 1 + 140 * 0.03, tuning="probe")
-    finish(rte, "short", 1 + 680, max_steps=1)
-    finish(rte, "odd", 1, model=["a list"])
-    for name, text in (("half", '{"settings": {"mod'), ("other", "[]"), ("empty", "{}")):
+    for seed, seconds in enumerate((1 + 680 * 0.01, 1 + 680 * 0.02, 1 + 680 * 0.09)):
+        finish(rte, seed, seconds)
+    finish(rte, 3, 1 + 140 * 0.03, tuning="probe")
+    finish(rte, 4, 1 + 680, max_steps=1)
+    finish(rte, 5, 1, bf16=["a list"])
+    for name, text in (("half", '{"settings": {"mod'), ("other", "[]"), ("empty", "{}"), ("deep", "[" * 100_000)):
         (Path(rte.output_dir) / "runs" / name).mkdir()
         (Path(rte.output_dir) / "runs" / name / "result.json").write_text(text)
     rates = cost.finished_rates(Path(rte.output_dir))

@@ -221,3 +221,40 @@ def test_a_result_is_whole(flags: list[str], monkeypatch: pytest.MonkeyPatch, ca
     with pytest.raises(RunError, match="the run failed"):
         train.run_or_reuse(run_of([*flags, "--save_model"]))
     assert run_dir.load_valid_result(run) and "ZeroDivisionError" in (run.folder / "failure.json").read_text()
+
+
+# One character of result.json that is another, or another name of its folder, and the result does not count, even
+# where the other files are not read.
+def test_an_edited_result(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    run = run_of(flags)
+    train.run_or_reuse(run)
+    path = run.folder / "result.json"
+    text = path.read_text()
+    for old, new in (
+        ('"weighted_f1": 0.', '"weighted_f1": 0.9'),
+        ('"seed": 0', '"seed": 1'),
+        ('"threads": 1', '"threads": 2'),
+    ):
+        path.write_text(text.replace(old, new, 1))
+        assert path.read_text() != text and run_dir.load_valid_result(run, digests=False) is None
+        assert "not what the run wrote" in capsys.readouterr().err
+    path.write_text(text)
+    assert run_dir.load_valid_result(run)
+    copy = shutil.copytree(run.folder, run.folder.with_name("copy of it"))
+    with pytest.raises(ValueError, match="it is a copy, or was renamed"):
+        run_dir.read_result(copy)
+
+
+# Scores that are not those of the predictions do not count, though every digest is right.
+@pytest.mark.parametrize("column", ["weighted_f1", "accuracy", "weighted_f1_half_b"])
+def test_scores_of_other_predictions(column: str, flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    run = run_of(flags)
+    result, _ = train.run_or_reuse(run)
+    epochs = pd.read_csv(run.folder / "epochs.csv")
+    epochs[column] = 0.9912
+    epochs.to_csv(run.folder / "epochs.csv", index=False)
+    result |= {"weighted_f1": epochs["weighted_f1"].max(), "accuracy": epochs["accuracy"][0], "best_epoch": 1.0}
+    (run.folder / "result.json").unlink()
+    run_dir.write_result(run.folder / "result.json", {**result, "files": run_dir.list_files(run.folder)})
+    assert run_dir.load_valid_result(run) is None
+    assert "its scores are not those of its predictions" in capsys.readouterr().err
