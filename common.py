@@ -34,6 +34,17 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
+def explain(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Such errors inside the block become an InputError, `what: error`; an InputError stays, unless it is named."""
+    try:
+        yield
+    except errors as error:
+        if isinstance(error, InputError) and InputError not in errors:
+            raise
+        raise InputError(f"{what}: {one_line(error)}") from error
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` at the end: the file appears whole or not at all."""
     aside = path.with_name(f".partial-{uuid4().hex}-{path.name}")  # others may be writing the same

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
 import models
-from common import USER_ERRORS, InputError, fail, fraction, make_parser, one_line
+from common import USER_ERRORS, InputError, explain, fail, fraction, make_parser, one_line
 
 SIDES = ("none", "bottom", "top")
 
@@ -117,11 +116,8 @@ def plan_corruption(model: PreTrainedModel, layers: range) -> list[Target]:
 def empty_model(folder: Path) -> PreTrainedModel:
     """The model without weights, to look at. Raises InputError."""
     config = models.load_config(folder)
-    try:
-        with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    except Exception as error:  # each model class checks in its own way
-        raise InputError(f"{folder} does not give a {type(config).__name__} classifier: {one_line(error)}") from error
+    with explain(f"{folder} does not give a {type(config).__name__} classifier", Exception), torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
 
 
 @lru_cache
@@ -193,30 +189,18 @@ def load_corrupted(
     The head of `AutoModelForSequenceClassification` is drawn from a stream of its own, so that it is the same for
     every corruption. `config` goes to the model's configuration (`num_labels`, ...). Raises InputError.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the library's report of new weights says what the manifest says
-    logging.disable_progress_bar()
     usual = {"problem_type": "single_label_classification", "return_dict": True, "classifier_pooling": "cls"}
     usual |= {"output_hidden_states": False, "output_attentions": False}
     config = {name: value for name, value in usual.items() if hasattr(models.load_config(folder), name)} | config
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(named_generator(seed, "head").initial_seed())
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **config,
-            )
-            new = check_loaded(folder, model, info)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
+    config |= {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the library's report of new weights says what the manifest says
+    logging.disable_progress_bar()
+    with explain(f"the weights in {folder} cannot be loaded", Exception), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(named_generator(seed, "head").initial_seed())
+        model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **config)
+        new = check_loaded(folder, model, info)
+    logging.set_verbosity(verbosity)
     num_layers = len(encoder_layers(model))
     side, frac, layers = select_layers(corrupt, frac, num_layers)
     manifest = {
@@ -247,10 +231,8 @@ def check_loaded(folder: Path, model: PreTrainedModel, info: dict[str, set]) -> 
     parts = {name for name, _ in base.named_children()} - {"pooler"}
     for name, in_file in sorted(unused.items()):
         if name.split(".")[0] in parts and not name.endswith(("position_ids", "token_type_ids")):
-            raise InputError(
-                f"{folder} holds {in_file}, which the encoder of its config.json "
-                f"({model.config.num_hidden_layers} layers) does not use: mend config.json"
-            )
+            why = f"which its config.json ({model.config.num_hidden_layers} layers) does not use: mend config.json"
+            raise InputError(f"{folder} holds {in_file}, {why}")
     for name, parameter in base.named_parameters():
         if not parameter.isfinite().all():
             raise InputError(f"{folder} holds {name} with values that are NaN or infinite: download or save it again")

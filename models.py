@@ -14,16 +14,10 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import paper
-from common import InputError, one_line, sha256_of
+from common import InputError, explain, one_line, sha256_of
 
 MODEL_FILES = (
     "config.json",
@@ -34,7 +28,8 @@ MODEL_FILES = (
     "merges.txt",
     "*.model",
 )
-AUTO = ("AutoModel", "AutoTokenizer")
+CONVERT = "from transformers import AutoModel, AutoTokenizer; [a.from_pretrained({!r}).save_pretrained('new') for a in "
+CONVERT = f'python -c "{CONVERT}(AutoModel, AutoTokenizer)]", then --model new'
 SAMPLES = (  # a tokenizer must read these as its tokenizer.json says
     "The Quick Brown FOX isn't here, is it?",
     "Crème Brûlée, naïve Ångström; İstanbul ΑΒΓ Straße",
@@ -70,35 +65,24 @@ def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{folder} holds an adapter, not a model: merge it into its model and save that")
     if not (weights := weight_files(folder)):
-        script = "; ".join(f"t.{auto}.from_pretrained('{name}').save_pretrained('new')" for auto in AUTO)
         raise InputError(
             f"{name!r} has no model.safetensors, and pickled weights are never loaded: give --revision refs/pr/N, the "
-            "hub's own pull request with safetensors, if there is one, or convert weights that you trust: "
-            f'python -c "import transformers as t; {script}", then give --model new'
+            f"hub's own pull request with safetensors, or convert weights that you trust: {CONVERT.format(name)}"
         )
     for path in weights:
-        try:
+        with explain(f"{path} is not a whole safetensors file, save or download it again", SafetensorError, OSError):
             safe_open(path, framework="pt").keys()
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path} is not a whole safetensors file ({one_line(error)}): save or download it again"
-            ) from error
     return folder, revision
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a model is loaded from. Raises InputError if its index names any that are not there.
-
-    All of them lie in the folder and are part of the fingerprint.
-    """
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        return sorted(folder.glob("model.safetensors"))
-    try:
+    """The safetensors files that a model is loaded from. Raises InputError if its index names any of other folders."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole] if whole.exists() else []
+    with explain(f"{index} cannot be read, save or download the model again", Exception):
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        foreign = [name for name in names if Path(name).name != name or not (folder / name).match("*.safetensors")]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} cannot be read ({one_line(error)}): save or download the model again") from error
+        foreign = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
     if foreign:
         raise InputError(f"{index} names {foreign[0]!r}: it may name .safetensors files of its own folder alone")
     return [folder / name for name in names]
@@ -123,13 +107,8 @@ def download_model(name: str, revision: str | None = None) -> Path | InputError:
         problem = one_line(error)
     for hub_name in paper.hub_names(name) if problem else (name,):
         try:
-            folder = snapshot_download(
-                hub_name,
-                revision=revision,
-                local_files_only=problem is not None,
-                allow_patterns=MODEL_FILES,
-                ignore_patterns="*/*",
-            )
+            options = {"revision": revision, "local_files_only": problem is not None}
+            folder = snapshot_download(hub_name, allow_patterns=MODEL_FILES, ignore_patterns="*/*", **options)
         except OSError as error:
             problem = problem or one_line(error)
             continue
@@ -144,10 +123,8 @@ def download_model(name: str, revision: str | None = None) -> Path | InputError:
 
 @lru_cache
 def load_config(folder: Path) -> PreTrainedConfig:
-    try:
+    with explain(f"{folder} does not hold a model that transformers knows", Exception):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each configuration class checks in its own way
-        raise InputError(f"{folder} does not hold a model that transformers knows: {one_line(error)}") from error
     for name in ("quantization_config", "transformers_weights"):
         if getattr(config, name, None):
             raise InputError(f"{folder}/config.json has {name}: only float weights in model*.safetensors are loaded")
@@ -155,34 +132,35 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which gives what its tokenizer.json gives, if there is one, and pads on the right.
+    """The model's tokenizer. It gives what its tokenizer.json gives, if there is one, and pads on the right.
 
     The library's own class for an architecture may set tokenizer.json aside, and lower-case a cased model: then the
-    file is taken as it is, and that is said. Raises InputError if the tokenizer has no vocabulary: it would read every
-    word as unknown.
+    file is taken as it is, and that is said. Raises InputError, also if there is no vocabulary: every word would then
+    be unknown.
     """
     path, raw = folder / "tokenizer.json", None
-    try:
+    with explain(f"the tokenizer in {folder} cannot be loaded", Exception):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if path.is_file():
             raw = Tokenizer.from_file(str(path))
             raw.no_truncation()
             raw.no_padding()
-    except Exception as error:  # each tokenizer class checks in its own way
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise InputError(f"{folder} has no tokenizer vocabulary: copy tokenizer.json there from where the model came")
     tokenizer.padding_side = "right"  # position 0 is the first token
     if raw is None:
         return tokenizer
     samples = [*((text,) for text in SAMPLES), SAMPLES[:2]]
-    if any(tokenizer(*texts)["input_ids"] != raw.encode(*texts).ids for texts in samples):
+
+    def misread() -> list[str]:
+        return [texts[0] for texts in samples if tokenizer(*texts)["input_ids"] != raw.encode(*texts).ids]
+
+    if misread():
         print(f"{type(tokenizer).__name__} does not read as {path} says: that file is used as it is", file=sys.stderr)
         same = {name: getattr(tokenizer, name) for name in ("model_max_length", "model_input_names", "padding_side")}
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), **tokenizer.special_tokens_map, **same)
-    for texts in samples:
-        if tokenizer(*texts)["input_ids"] != raw.encode(*texts).ids:
-            raise InputError(f"the tokenizer in {folder} does not read {texts[0]!r} as its tokenizer.json says")
+    if wrong := misread():
+        raise InputError(f"the tokenizer in {folder} does not read {wrong[0]!r} as its tokenizer.json says")
     missing = segments(folder) > 1 and "token_type_ids" not in tokenizer.model_input_names
     if missing and any(raw.encode(*samples[-1]).type_ids):  # the library's general class leaves them out
         tokenizer.model_input_names = [*tokenizer.model_input_names, "token_type_ids"]

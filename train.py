@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +49,7 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.utils import ModelOutput
 
 import callbacks
 import corrupt
@@ -60,7 +61,7 @@ import resolve
 import run_dir
 import stats
 import unpad
-from common import USER_ERRORS, InputError, RunError, fail, git_commit, in_worker, one_line
+from common import USER_ERRORS, InputError, RunError, explain, fail, git_commit, in_worker, one_line
 from config import Run, RunConfig
 
 METRIC = Path(__file__).parent / "metrics" / "weighted_f1"
@@ -131,20 +132,6 @@ class PairedTrainer(Trainer):
     get_test_dataloader = get_eval_dataloader
 
 
-def mean_over_batch(
-    outputs: transformers.utils.ModelOutput,
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """A part's share in the mean loss of the whole batch, where that is accumulated.
-
-    The library's own loss of a part is its mean, which the Trainer then takes for such a share: it would be too large.
-    """
-    total = F.cross_entropy(outputs.logits, labels, reduction="sum", label_smoothing=label_smoothing)
-    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-
 def training_arguments(wanted: RunConfig, checkpoints: Path, name: str) -> TrainingArguments:
     """What the Trainer gets; raises InputError for what the library's own checks refuse, or the environment changes."""
     config.check_environment()
@@ -158,37 +145,26 @@ def training_arguments(wanted: RunConfig, checkpoints: Path, name: str) -> Train
     values |= wanted.trainer | {"output_dir": str(checkpoints), "run_name": name}
     if wanted.resume:
         values |= {"save_strategy": "epoch", "save_only_model": False}
-    try:
+    with explain("the library refuses these flags", Exception):
         return TrainingArguments(**{field: value for field, value in values.items() if field in known})
-    except Exception as error:  # they are of every kind
-        raise InputError(one_line(error)) from error
 
 
 def in_force(trainer: Trainer) -> dict:
     """What the Trainer works with, read from it; raises InputError for what is not what the flags say."""
-    args, smoother = trainer.args, trainer.label_smoother
-    asked = {
-        "mixed_precision": "fp16" if args.fp16 else "bf16" if args.bf16 else "no",
-        "processes": 1,
-        "train_batch_size": args.per_device_train_batch_size,
-        "eval_batch_size": args.per_device_eval_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "label_smoothing": args.label_smoothing_factor,
-        "tf32": bool(args.tf32),
+    args, accelerator, smoother = trainer.args, trainer.accelerator, trainer.label_smoother
+    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+    settings = {  # in force, by the flags
+        "mixed_precision": (accelerator.mixed_precision, precision),
+        "processes": (accelerator.num_processes, 1),
+        "train_batch_size": (args.train_batch_size, args.per_device_train_batch_size),
+        "label_smoothing": (smoother.epsilon if smoother else 0.0, args.label_smoothing_factor),
+        "tf32": (torch.backends.fp32_precision == "tf32", bool(args.tf32)),
     }
-    found = {
-        "mixed_precision": trainer.accelerator.mixed_precision,
-        "processes": trainer.accelerator.num_processes,
-        "train_batch_size": args.train_batch_size,
-        "eval_batch_size": args.eval_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "label_smoothing": smoother.epsilon if smoother else 0.0,
-        "tf32": torch.backends.fp32_precision == "tf32",
-    }
-    for name, value in found.items():
-        if value != asked[name]:
-            raise InputError(f"{name} is {value} in force, and {asked[name]} by the flags: say so by a flag")
-    return found
+    for name, (value, asked) in settings.items():
+        if value != asked:
+            raise InputError(f"{name} is {value} in force, and {asked} by the flags: say so by a flag")
+    found = {name: value for name, (value, _) in settings.items()}
+    return found | {"gradient_accumulation_steps": args.gradient_accumulation_steps}
 
 
 def optimizer_of(trainer: Trainer) -> dict:
@@ -250,6 +226,15 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
             scores[name] = metric.compute(predictions=classes[part], references=labels[part])["weighted_f1"]
         return scores
 
+    def mean_over_batch(
+        outputs: ModelOutput, labels: torch.Tensor, num_items_in_batch: int | None = None
+    ) -> torch.Tensor:
+        """A part's share in the mean loss of the whole batch. The library's own loss of a part is its mean, which the
+        Trainer then takes for such a share: it would be too large."""
+        smoothing = args.label_smoothing_factor
+        total = F.cross_entropy(outputs.logits, labels, reduction="sum", label_smoothing=smoothing)
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
     trainer = PairedTrainer(
         model_init=lambda: model,  # asked for twice, at first and when training begins: nothing trains it in between
         args=args,
@@ -257,9 +242,7 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
         train_dataset=rows["train"],
         eval_dataset=rows["test"],
         processing_class=tokenizer,
-        compute_loss_func=partial(mean_over_batch, label_smoothing=args.label_smoothing_factor)
-        if args.gradient_accumulation_steps > 1
-        else None,
+        compute_loss_func=mean_over_batch if args.gradient_accumulation_steps > 1 else None,
         compute_metrics=compute_metrics,
         callbacks=[callbacks.StopIfDiverged()],
     )
@@ -305,13 +288,9 @@ def check_model(folder: Path, fingerprint: str, pooling: str, plain: bool) -> No
         raise InputError(f"{folder} has a tokenizer with ids up to {ids}, and embeddings for 0 to {rows - 1}: mend it")
     one, two = "A fine film.", "It is long, and longer than it need be."
     texts = [([one, two],), ([two],), ([one, two], [two, two])]
-    try:
+    with explain(f"{type(model).__name__} in {folder} cannot read a batch", Exception):
         batches = [tokenizer(*parts, padding=True, return_tensors="pt") for parts in texts]
         unpad.check_pooling(model, batches, pooling, plain)
-    except InputError:
-        raise
-    except Exception as error:  # each architecture has its own
-        raise InputError(f"{type(model).__name__} in {folder} cannot read a batch: {one_line(error)}") from error
 
 
 def run_training(run: Run) -> dict:
@@ -372,7 +351,8 @@ def run_training(run: Run) -> dict:
         if run.config.save_model:
             trainer.processing_class.model_max_length = run.config.max_length
             trainer.save_model(str(new / "model"))
-            unpad.save_pooling(new / "model", run.config.pooling)
+            if run.config.pooling == "mean":
+                unpad.save_mean(new / "model")
         epochs.to_csv(new / "epochs.csv", index=False)
         predictions.to_csv(new / "predictions.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
         total = before.get("total", 0.0) + time.perf_counter() - started

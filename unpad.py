@@ -76,13 +76,11 @@ def pool_mean(model: PreTrainedModel) -> RemovableHandle:
 MEAN = "-mean-pooling"  # ends the architecture's name in a saved model's configuration: a plain load must not take it
 
 
-def save_pooling(folder: Path, pooling: str) -> None:
-    """Make a saved model say in its configuration that it needs `load_saved`, if its pooling is mean."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if pooling == "mean":
-        config |= {"model_type": config["model_type"] + MEAN, "architectures": [config["architectures"][0] + MEAN]}
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def save_mean(folder: Path) -> None:
+    """Make a saved model say in its configuration that it needs `load_saved`."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": config["model_type"] + MEAN, "architectures": [config["architectures"][0] + MEAN]}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_saved(folder: str | Path) -> PreTrainedModel:
@@ -233,41 +231,38 @@ def check_pooling(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]
     `speed_up_encoder` must give the library's logits. Raises InputError.
     """
     model.eval()
-    hook, place = None, corrupt.encoder_layers(model)[-1]
-    if pooling == "mean":
-        hook, place = pool_mean(model), encoder_of(model)
-    name, reads = type(model).__name__, "[CLS] alone" if pooling == "cls" else "the mean of the other tokens alone"
+    mean = pooling == "mean"
+    hook, place = (pool_mean(model), encoder_of(model)) if mean else (None, corrupt.encoder_layers(model)[-1])
     expected = []
     for tokens in batches:
         real = tokens["attention_mask"].bool()
         first = torch.zeros_like(real).scatter(1, real.int().argmax(dim=1, keepdim=True), True)
+        read = (real & ~first if mean else first).unsqueeze(-1)
         noise = torch.randn((*real.shape, model.config.hidden_size), generator=corrupt.named_generator(0, "noise"))
-        body = (real & ~first).unsqueeze(-1)
-        around_mean = (noise - (noise * body).sum(1, keepdim=True) / body.sum(1, keepdim=True)) * body
-        outside, inside = noise * ~first.unsqueeze(-1), noise * first.unsqueeze(-1)
-        if pooling == "mean":
-            outside, inside = noise * ~body + around_mean, noise * body
+        center = (noise * read).sum(1, keepdim=True) / read.sum(1, keepdim=True)  # for [CLS] the noise itself
         logits = model(**tokens).logits
-        moved = [(logits_with(noise, place, model, tokens) - logits).abs().amax(1) for noise in (outside, inside)]
-        rounding = 1e-3 * moved[1].min()
-        if not moved[0].max() < rounding:
-            raise InputError(f"--pooling {pooling} is not possible with {name}: its head does not read {reads}")
+        changes = noise * read, noise - center * read
+        moved, unmoved = ((logits_with(it, place, model, tokens) - logits).abs().amax(1) for it in changes)
+        rounding = 1e-3 * moved.min()
+        if not unmoved.max() < rounding:
+            reads = "the mean of the other tokens alone" if mean else "[CLS] alone"
+            raise InputError(f"--pooling {pooling} needs a head that reads {reads}: {type(model).__name__}'s does not")
         expected.append((logits, rounding))
     if hook:
         hook.remove()
     speed_up_encoder(model, pooling, plain)
     for tokens, (logits, rounding) in zip(batches, expected, strict=True):
         if not (model(**tokens).logits - logits).abs().max() < rounding:
-            raise InputError(f"{name} gives other logits without padding than with it: give --no_unpadding True")
+            raise InputError(f"{type(model).__name__} gives other logits without padding: give --no_unpadding True")
 
 
 def logits_with(noise: torch.Tensor, place: nn.Module, model: PreTrainedModel, tokens: dict) -> torch.Tensor:
     """The logits when `noise`, in units of the deviation, is added to the output of `place`."""
 
     def add(module: nn.Module, args: tuple, output: ModelOutput | tuple | torch.Tensor) -> object:
-        if isinstance(output, torch.Tensor):
-            return output + 3 * output.std() * noise
-        return with_output(output, output[0] + 3 * output[0].std() * noise)
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        changed = hidden + 3 * hidden.std() * noise
+        return changed if hidden is output else with_output(output, changed)
 
     hook = place.register_forward_hook(add, prepend=True)
     logits = model(**tokens).logits

@@ -167,7 +167,7 @@ def test_pooling_is_checked(architecture: str, pooling: str, tmp_path: Path, mon
     monkeypatch.setitem(ARCHITECTURES, architecture, {**ARCHITECTURES, **SHAPES}[architecture])
     folder = random_model(architecture, tmp_path / architecture)
     if architecture in ("opt", "gpt2") or (architecture, pooling) == ("deberta-v2", "mean"):
-        with pytest.raises(InputError, match=f"--pooling {pooling} is not possible with .*ForSequenceClassification"):
+        with pytest.raises(InputError, match=f"--pooling {pooling} needs a head that reads .*ForSequenceClassification"):
             train.check_model(folder, "fingerprint", pooling, False)
     else:
         train.check_model(folder, "fingerprint", pooling, False)
@@ -191,7 +191,7 @@ def test_a_head_that_reads_something_else(pooling: str, fault: Callable, tiny_be
     tokens = batches(tiny_bert)[:2]
     unpad.check_pooling(corrupt.load_corrupted(tiny_bert, "none", None, seed=0)[0], tokens, pooling, False)
     model.bert.pooler.register_forward_pre_hook(fault)
-    with pytest.raises(InputError, match="its head does not read"):
+    with pytest.raises(InputError, match="needs a head that reads"):
         unpad.check_pooling(model, tokens, pooling, True)
 
 
@@ -213,7 +213,7 @@ def largest(model: PreTrainedModel) -> RemovableHandle:
 def test_a_mean_of_something_else(pool: Callable, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpad, "pool_mean", pool)
     model, _ = corrupt.load_corrupted(tiny_bert, "none", None, seed=0)
-    with pytest.raises(InputError, match="does not read the mean of the other tokens alone"):
+    with pytest.raises(InputError, match="needs a head that reads the mean of the other tokens alone"):
         unpad.check_pooling(model, batches(tiny_bert)[:2], "mean", True)
 
 
