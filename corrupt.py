@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
 import models
-from common import USER_ERRORS, InputError, explain, fail, fraction, make_parser, one_line
+from common import USER_ERRORS, InputError, explain, fail, fraction, make_parser
 
 SIDES = ("none", "bottom", "top")
 
@@ -263,18 +264,15 @@ def save_corrupted(
     check_corruptible(folder, corrupt, frac, method)
     corrupted, manifest = load_corrupted(folder, corrupt, frac, seed, kaiming_a, method)
     aside = output_dir.with_name(f".{output_dir.name}.partial")
-    try:
+    with explain(f"{output_dir} cannot be written", OSError), ExitStack() as stack:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
+        stack.callback(shutil.rmtree, aside, ignore_errors=True)
         corrupted.base_model.save_pretrained(aside)
         models.load_tokenizer(folder).save_pretrained(aside)
         manifest = {"model": model, "revision": revision, **manifest}
         (aside / "corruption.json").write_text(json.dumps(manifest, indent=2) + "\n")
         aside.rename(output_dir)
-    except OSError as error:
-        raise InputError(f"{output_dir} cannot be written: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return manifest
 
 

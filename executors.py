@@ -28,7 +28,7 @@ from uuid import uuid4
 
 import data_prep
 import run_dir
-from common import InputError, file_lock, git_commit, one_line
+from common import InputError, explain, file_lock, git_commit, one_line
 from config import Run, RunConfig
 
 KILLED = "its process was killed twice, perhaps because memory is short: --jobs 1 needs less"
@@ -171,20 +171,16 @@ class RayPool:
         address = os.environ.get("RAY_ADDRESS", "local")  # Ray's own choice may be a cluster that died
         if address == "local":
             code["py_executable"] = shlex.quote(sys.executable)  # Ray does not quote it; a path may have a blank
-        try:
+        with explain("no Ray cluster", Exception):  # Ray's own are of every kind
             ray.init(address, runtime_env=code, logging_level="error", log_to_driver=False)
-        except Exception as error:  # Ray's own are of every kind
-            raise InputError(f"no Ray cluster: {one_line(error)}") from error
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in the grid's place
         self.gpu_part = 1 / runs_per_gpu if ray.cluster_resources().get("GPU") else 0
         self.machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.rows: dict[str, object] = {}  # of each data set, where Ray keeps them
-        try:
+        with explain(f"{self.token} cannot be written", OSError):
             self.token.parent.mkdir(parents=True, exist_ok=True)
             run_dir.remove_stale_locks(self.token.parent.glob(".grid-*.lock"))
             self.held = file_lock(self.token).acquire()
-        except OSError as error:
-            raise InputError(f"{self.token} cannot be written: {one_line(error)}") from error
 
     def close(self) -> None:
         self.token.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from common import InputError, atomic_write, file_lock, one_line, sha256_of
+from common import InputError, atomic_write, explain, file_lock, sha256_of
 
 TEXTS = ("text", "sentence1", "sentence2")  # the columns of a prepared set that a tokenizer reads
 MOST_UNKNOWN = 0.05  # of the tokens
@@ -43,7 +43,7 @@ def cached_map(
     def seal(path: Path) -> str:
         return f"{sha256_of(path)} {folder.name}/{path.name}\n"
 
-    try:
+    with explain(f"{folder} cannot be written", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(folder.with_name(f".{folder.name}.lock")):
             for left in folder.glob("tmp*"):
@@ -62,8 +62,6 @@ def cached_map(
                         aside.write_text(seal(path))
                 if mapped[part]["label"][:] != rows["label"][:]:
                     raise InputError(f"{path} has other labels than its rows: delete {folder}")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {one_line(error)}") from error
     return datasets.DatasetDict(mapped)
 
 

@@ -24,7 +24,7 @@ import pandas as pd
 from filelock import Timeout
 
 import stats
-from common import InputError, RunError, atomic_write, file_lock, in_worker, one_line, sha256_of
+from common import InputError, RunError, atomic_write, explain, file_lock, in_worker, one_line, sha256_of
 from config import NEUTRAL_VALUES, RESULTS_VERSION, Run, run_name
 
 # What reading a file that is not what it should be can raise.
@@ -184,13 +184,11 @@ def run_workspace(run: Run) -> Iterator[Path]:
 
     A failure leaves its reason and the log in the run's folder and is raised; bad input (InputError) leaves nothing.
     """
-    try:
+    with explain(f"{run.folder} cannot be written", OSError):
         if run.folder.exists() and not run.folder.is_dir():
             raise FileExistsError(f"a file is in its place: {run.folder}")
         discard(run)  # what a process that died has left
         (run.work_dir / "new").mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{run.folder} cannot be written: {one_line(error)}") from error
     diverged = False
     try:
         with run_log(run):

@@ -101,11 +101,11 @@ TUNINGS = {"full": tune_full, "probe": tune_probe}
 
 
 def encoder_settings(run: Run, args: TrainingArguments) -> dict:
-    """All that a frozen encoder's outputs depend on."""
-    names = ("results_version", "model_fingerprint", "side", "frac", "method", "kaiming_a", "seed", "data_fingerprint")
-    names += ("pooling", "max_length", "no_unpadding", "per_device_eval_batch_size", "bf16", "fp16", "tf32")
+    """All that a frozen encoder's outputs depend on: every setting but those of the head's training."""
+    of_head = {"learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "tuning"}
+    settings = {name: value for name, value in run.settings.items() if name not in of_head}
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    return {name: run.settings[name] for name in names} | packages | {"device": device_of(args)}
+    return settings | packages | {"device": device_of(args)}
 
 
 # ---- The Trainer ----

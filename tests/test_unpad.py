@@ -167,7 +167,7 @@ def test_pooling_is_checked(architecture: str, pooling: str, tmp_path: Path, mon
     monkeypatch.setitem(ARCHITECTURES, architecture, {**ARCHITECTURES, **SHAPES}[architecture])
     folder = random_model(architecture, tmp_path / architecture)
     if architecture in ("opt", "gpt2") or (architecture, pooling) == ("deberta-v2", "mean"):
-        with pytest.raises(InputError, match=f"--pooling {pooling} needs a head that reads .*ForSequenceClassification"):
+        with pytest.raises(InputError, match=f"{pooling} needs a head that reads .*ForSequenceClassification"):
             train.check_model(folder, "fingerprint", pooling, False)
     else:
         train.check_model(folder, "fingerprint", pooling, False)
