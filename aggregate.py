@@ -47,7 +47,9 @@ FORM = {
     "commit": str | None,
     "finished": str,
     "settings": {
-        **dict.fromkeys(("model", "model_fingerprint", "dataset", "data_fingerprint", "side", "pooling", "tuning"), str),
+        **dict.fromkeys(
+            ("model", "model_fingerprint", "dataset", "data_fingerprint", "side", "pooling", "tuning"), str
+        ),
         **{"percent": NUMBER, "learning_rate": NUMBER, "seed": int},
     },
     "model": {"revision": str | None},
@@ -191,7 +193,9 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
     cells["table"] = pd.array(tables, dtype="str")
     columns = ["f1", "f1_std", "cross_fitted", "selection_bias", "seeds"]
     columns += ["learning_rate", "learning_rates_tried", "lr_at_grid_edge"]
-    return cells[["table", *CELL, *columns, "collapsed", "collapsed_runs", "constant_f1", "guessing_f1", "layers", "runs"]]
+    return cells[
+        ["table", *CELL, *columns, "collapsed", "collapsed_runs", "constant_f1", "guessing_f1", "layers", "runs"]
+    ]
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -254,7 +258,11 @@ def count_missing(table: pd.DataFrame) -> int:
 def markdown(cells: pd.DataFrame) -> str:
     """One table in Markdown; a dagger stands for red."""
     table = paper_table(cells, format_cells(cells, "**{}**", "{}†"))
-    text = table.rename(columns=escape).assign(model=table["model"].map(escape)).to_markdown(index=False, disable_numparse=True)
+    text = (
+        table.rename(columns=escape)
+        .assign(model=table["model"].map(escape))
+        .to_markdown(index=False, disable_numparse=True)
+    )
     red = "† collapsed: at least 99 % of the predictions are one class, in one run of the cell or more"
     return "\n\n".join([text, LAYERS_OF, *([red] if cells["collapsed"].any() else [])]) + "\n"
 
@@ -279,7 +287,9 @@ def latex(cells: pd.DataFrame) -> str:
     text = text.replace(" &  & Bottom", "Model & Corruption & Bottom", 1)
     needs = "% needs \\usepackage{booktabs,graphicx,xcolor}; as wide as the line at most\n"
     if not text.replace("±", "").isascii():
-        needs += "% and xelatex or lualatex, with \\usepackage{fontspec} and \\setmainfont{a font that has all of the names}\n"
+        needs += (
+            "% and xelatex or lualatex, with \\usepackage{fontspec} and a \\setmainfont that has all of the names\n"
+        )
     needs += f"% red: a run with 99 % of one class; {LAYERS_OF}\n"
     fit = "}\\ifdim\\wd0>\\linewidth\\resizebox{\\linewidth}{!}{\\usebox0}\\else\\usebox0\\fi\n"
     return f"{needs}\\noindent\\sbox0{{%\n{text}{fit}"
@@ -343,7 +353,10 @@ def missing_lines(output_dir: Path, runs: pd.Series, cells: pd.DataFrame) -> lis
     if cells["model"].isin(LAYERS).any():
         paper = published_cells()[PLACE]
         ours = paper.merge(cells[PLACE].drop_duplicates())["table"].value_counts()
-        of = {number: (int(ours.get(number, 0)), count) for number, count in paper["table"].value_counts(sort=False).items()}
+        of = {
+            number: (int(ours.get(number, 0)), count)
+            for number, count in paper["table"].value_counts(sort=False).items()
+        }
         short = ", ".join(f"Table {number}: {here} of {count}" for number, (here, count) in of.items() if here < count)
         lines.append(f"{sum(ours)} of the paper's {len(paper)} cells{short and f' ({short})'}")
     return lines
@@ -388,7 +401,9 @@ def main() -> None:
         short[name] = claims[f"{name}_holds"].astype(str) + "/" + claims[f"{name}_compared"].astype(str)
     print(f"Claims: how many comparisons hold, of those that can be made\n\n{short.to_markdown(index=False)}\n")
     empty = sum(map(count_missing, texts.values()))
-    cells_line = f"{len(in_tables)} cells from {len(runs)} runs, {empty} cells missing in the rows and columns that are there"
+    cells_line = (
+        f"{len(in_tables)} cells from {len(runs)} runs, {empty} cells missing in the rows and columns that are there"
+    )
     print("\n".join([cells_line, *missing, *failed]))
     if len(cells) > len(in_tables):
         warn(f"{len(cells) - len(in_tables)} cells are of a pooling and tuning that no table has: see cells.csv")

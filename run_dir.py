@@ -48,11 +48,11 @@ def read_result(folder: Path) -> dict:
     """The folder's result.json. Raises ValueError if it was edited or is under another name than its settings give."""
     whole = (folder / "result.json").read_text(encoding="utf-8")
     text, _, end = whole.rpartition(',\n "sha256": "')
+    if end != f'{sha256(text.encode()).hexdigest()}"\n}}\n':
+        raise ValueError("result.json is not what the run wrote, or of an older version")
     result = json.loads(whole)
     if (made_by := result["settings"].get("results_version")) != RESULTS_VERSION:
         raise ValueError(f"its results_version is {made_by}, this code's is {RESULTS_VERSION}")
-    if end != f'{sha256(text.encode()).hexdigest()}"\n}}\n':
-        raise ValueError("result.json is not what the run wrote")
     result["settings"] = NEUTRAL_VALUES | result["settings"]  # what a flag that is new has made of no result
     if (name := run_name(result["settings"])) != folder.name:
         raise ValueError(f"it is a copy, or was renamed: its settings' name is {name}")

@@ -41,7 +41,9 @@ def score_epochs(labels: np.ndarray, guesses: np.ndarray, half: np.ndarray, clas
     guessed = place + guesses.astype(np.intp) * epochs
     support, hits = count(place + labels.astype(np.intp)[:, None] * epochs), count(guessed[guesses == labels[:, None]])
     f1 = (support * 2 * hits / np.maximum(support + count(guessed), 1)).sum(1) / support.sum(1)
-    return pd.DataFrame({"accuracy": hits[0].sum(0) / len(labels), **dict(zip(("weighted_f1", *HALVES), f1, strict=True))})
+    return pd.DataFrame(
+        {"accuracy": hits[0].sum(0) / len(labels), **dict(zip(("weighted_f1", *HALVES), f1, strict=True))}
+    )
 
 
 def picked_on_halves(epochs: pd.DataFrame) -> dict[str, float]:

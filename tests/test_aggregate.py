@@ -2,21 +2,41 @@
 
 import json
 import re
-from hashlib import sha256
+import shutil
+import tempfile
+from collections.abc import Callable
 from math import comb
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import f1_score
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, f1_score
 
 import aggregate
 import paper
+import run_dir
 import stats
-from config import AFFECTS, NEUTRAL_VALUES, RESULTS_VERSION
+from common import InputError
+from config import AFFECTS, NEUTRAL_VALUES, RESULTS_VERSION, run_name
 
 BASE, LARGE = "bert-base-uncased", "bert-large-uncased"
+
+
+CONSTANT = ([0] * 50 + [1] * 50, [1] * 100)  # labels, predictions
+
+
+def guesses_of(halves: list[tuple[float, float]]) -> tuple[list[int], list[list[int]]]:
+    """Labels of two classes, and for each epoch predictions with just these F1 (percent) on either half of the rows.
+
+    As many rows of each class are wrong in a half: its weighted F1 is then its accuracy.
+    """
+    n = 100 if all(float(f1).is_integer() for pair in halves for f1 in pair) else 10_000
+    label, place = np.repeat([0, 1], 2 * n), np.tile(np.arange(2 * n), 2)
+    wrong = [place // 2 < np.round(n - n * np.take(pair, place % 2) / 100) for pair in halves]
+    return label, [np.where(is_wrong, 1 - label, label) for is_wrong in wrong]
 
 
 def write_result(
@@ -28,47 +48,57 @@ def write_result(
     f1: float,
     *,
     halves: list[tuple[float, float]] | None = None,
-    predicted: tuple = ([0, 1, 0, 1], [0, 1, 1, 0]),
+    predicted: tuple | None = None,
     **changes: object,
 ) -> Path:
-    """A run's folder as train.py leaves it; F1 in percent, `halves` for each epoch, `predicted` labels, predictions."""
-    settings = {
-        "results_version": RESULTS_VERSION,
-        "model": model,
-        "side": side,
-        "percent": float(percent),
-        "frac": str(percent / 100),
-    }
-    settings |= {"dataset": dataset, "pooling": "cls", "tuning": "full", "learning_rate": 5e-5, "seed": 0}
-    settings |= {"num_train_epochs": 10.0, "model_fingerprint": "a" * 64, "data_fingerprint": dataset.ljust(64, "0")}
-    settings |= changes
-    halves = halves or [(f1, f1)]
-    result = {"settings": settings, "weighted_f1": f1 / 100, "accuracy": f1 / 100, "best_epoch": 1}
-    result |= {"epochs": len(halves), "corruption": {"num_layers": 24 if model == LARGE else 12}, "commit": None}
-    result |= {"seconds": {"total": 1.0}, "device": {"name": "cpu"}, "versions": {"torch": "2", "transformers": "5"}}
-    digest = sha256(json.dumps(settings).encode()).hexdigest()
-    folder = output_dir / "runs" / f"{model}_{side}-{percent}_{dataset}_{digest[:12]}"
+    """A run's folder as train.py leaves it; F1 in percent, or `halves` for each epoch, or labels and predictions."""
+    settings = {"results_version": RESULTS_VERSION, "model": model, "model_fingerprint": "a" * 64, "side": side}
+    settings |= {"frac": str(percent / 100), "percent": float(percent), "dataset": dataset}
+    settings |= {"data_fingerprint": dataset.ljust(64, "0"), **NEUTRAL_VALUES, **changes}
+    settings = {name: value for name, value in settings.items() if value != "gone"}
+    folder = output_dir / "runs" / run_name(NEUTRAL_VALUES | settings)
     folder.mkdir(parents=True)
-    epochs = pd.DataFrame(halves, columns=["weighted_f1_half_a", "weighted_f1_half_b"]) / 100
-    epochs.to_csv(folder / "epochs.csv", index_label="epoch")
-    labels, predictions = predicted
-    frame = pd.DataFrame({"label": labels, "prediction": predictions})
-    frame.to_csv(folder / "predictions.csv.gz", index_label="row")
-    (folder / "result.json").write_text(json.dumps(result))
-    sign(folder)
+    labels, guesses = (predicted[0], [predicted[1]]) if predicted else guesses_of(halves or [(f1, f1)])
+    half = pd.Series(labels).groupby(np.array(labels)).cumcount().to_numpy() % 2
+    epochs = []
+    for number, guess in enumerate(guesses, 1):
+        parts = {"weighted_f1": half >= 0, "weighted_f1_half_a": half == 0, "weighted_f1_half_b": half == 1}
+        scores = {n: f1_score(np.array(labels)[p], np.array(guess)[p], average="weighted") for n, p in parts.items()}
+        epochs.append({"epoch": float(number), "accuracy": accuracy_score(labels, guess), **scores})
+    epochs = pd.DataFrame(epochs)
+    epochs.to_csv(folder / "epochs.csv", index=False)
+    columns = {f"epoch_{number}": guess for number, guess in enumerate(guesses, 1)}
+    frame = pd.DataFrame({"row": range(len(labels)), "label": labels, **columns})
+    frame.to_csv(folder / "predictions.csv.gz", index=False)
+
+    layers = 24 if model == LARGE else 12
+    shares = np.bincount(labels, minlength=np.max([labels, *guesses]) + 1)
+    counts = {f"class {label}": int(count) for label, count in enumerate(shares)}
+    best = epochs.loc[epochs["weighted_f1"].idxmax()]
+    result = {"weighted_f1": best["weighted_f1"], "accuracy": best["accuracy"], "best_epoch": best["epoch"]}
+    result |= {"epochs": len(guesses), "command": "python train.py", "settings": settings, "model": {"revision": None}}
+    result["data"] = {"request": {"train_size": None, "test_size": None, "seed": 0}, "dropped": {"duplicate_texts": 0}}
+    result["data"] |= {"rows": {"train": 10, "test": len(labels)}}
+    result["data"]["rows_per_class"] = {"train": counts, "test": counts}
+    depth = list(range(1, round(layers * percent / 100) + 1))
+    result |= {"corruption": {"num_layers": layers, "layers": depth}, "resumed_from": [], "commit": None}
+    result |= {"seconds": {"total": 1.0}, "device": {"type": "cpu", "name": "cpu", "threads": 1}, "finished": "2026"}
+    result |= {"versions": {"python": "3", "torch": "2", "transformers": "5"}, "files": run_dir.list_files(folder)}
+    run_dir.write_result(folder / "result.json", result)
     return folder
 
 
 def sign(folder: Path) -> None:
     """The digests of the files as they are now, into result.json."""
-    files = {name: (folder / name).read_bytes() for name in ("epochs.csv", "predictions.csv.gz")}
-    of = {name: {"bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in files.items()}
-    change(folder / "result.json", files=of)
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").unlink()
+    change(folder / "result.json", result, files=run_dir.list_files(folder))
 
 
-def change(path: Path, **changes: object) -> None:
-    result = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in {**result, **changes}.items() if value != "gone"}))
+def change(path: Path, result: dict | None = None, **changes: object) -> None:
+    """Other values, under a digest that is right."""
+    result = (result or json.loads(path.read_text())) | {"sha256": "gone"} | changes
+    run_dir.write_result(path, {name: value for name, value in result.items() if value != "gone"})
 
 
 def cells_of(output_dir: Path) -> pd.DataFrame:
@@ -121,7 +151,7 @@ def test_the_papers_layout(tmp_path: Path) -> None:
 
 # Three seeds with F1 50, 60 and 70, of which one collapsed: mean 60, deviation 10, marked, in one run of three.
 def test_several_seeds_in_a_table(tmp_path: Path) -> None:
-    constant = ([0, 1, 0, 1], [0, 0, 0, 0])
+    constant = ([0] * 7_179 + [1] * 2_821, [0] * 10_000)  # 2 p^2 / (1 + p) = 0.6000
     for seed, f1 in enumerate((50, 60, 70)):
         predicted = {"predicted": constant} if seed == 1 else {}
         write_result(tmp_path, BASE, "bottom", 50, "sst2", f1, seed=seed, **predicted)
@@ -179,11 +209,20 @@ def test_round_trip_of_the_papers_tables(number: str, count: int, red: int) -> N
     assert text.count(r"\textbf") == (bottom.astype(float) != top.astype(float)).sum()
 
 
-# A name with characters that LaTeX takes for its own is escaped.
-def test_latex_escapes(tmp_path: Path) -> None:
+# A name with characters that LaTeX or Markdown takes for its own is escaped; a line break in it is a blank. Of names that
+# pdflatex does not know the first lines say so.
+def test_escapes(tmp_path: Path) -> None:
     write_result(tmp_path, "my_bert&co", "bottom", 50, "my_set", 90)
     text = aggregate.latex(cells_of(tmp_path))
     assert r"\multicolumn{2}{c}{my\_set}" in text and r"my\_bert\&co & 50\% (1-6) & 90.00 &  \\" in text
+    assert "xelatex" not in text
+    write_result(tmp_path, "a|b\nc", "bottom", 50, "my_set", 90)
+    write_result(tmp_path, "глубокий", "bottom", 50, "my_set", 90)
+    cells = cells_of(tmp_path)
+    assert "% and xelatex or lualatex" in aggregate.latex(cells)
+    rows = [line for line in aggregate.markdown(cells).splitlines() if line.startswith("|")]
+    assert len(rows) == 5 and any(line.startswith(r"| a\|b c ") for line in rows)
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {5}
 
 
 # A cell that was not run is empty and counted; runs of other settings get rows of their own, and that is said.
@@ -208,8 +247,39 @@ def test_missing_cells_and_variants(tmp_path: Path, capsys: pytest.CaptureFixtur
     found = dict(zip(zip(text["model"], text["corruption"], strict=True), text["SST-2 bottom"], strict=True))
     assert found["Base num_train_epochs=1.0", "0%"] == "99.00"
     assert found["Base num_train_epochs=10.0", "0%"] == "90.00"
-    warning = "bert-base-uncased sst2 cls full: runs of different settings are kept apart: num_train_epochs=1.0 | "
+    warning = "bert-base-uncased cls full: runs of different settings are kept apart: num_train_epochs=1.0 | "
     assert capsys.readouterr().err == f"{warning}num_train_epochs=10.0\n"
+
+
+# One name for a model and its settings in the whole table: what differs on one data set is named on the others, too. Two
+# versions of one data set are told apart, those of different data sets are not.
+def test_one_name_across_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for dataset, f1 in (("sst2", 90), ("imdb", 80)):
+        write_result(tmp_path, BASE, "none", 0, dataset, f1, max_length=32)
+        write_result(tmp_path, BASE, "all", 100, dataset, f1 - 20, max_length=32)
+    write_result(tmp_path, BASE, "none", 0, "sst2", 95, max_length=128)
+    table = texts_of(cells_of(tmp_path))
+    assert table["model"].tolist() == ["Base max_length=128", "Base max_length=32", "Base max_length=32"]
+    assert table.loc[1].tolist()[1:] == ["0%", "90.00", "90.00", "80.00", "80.00"]
+    assert "kept apart: max_length=128 | max_length=32" in capsys.readouterr().err
+    write_result(tmp_path, BASE, "none", 0, "imdb", 70, max_length=32, data_fingerprint="f" * 64)
+    names = set(cells_of(tmp_path)["variant"])
+    assert names == {"max_length=128", "max_length=32", "max_length=32, data_fingerprint=ffffffff"}
+
+
+# What grids asked for and what is there: told by command, in one line each; a file that cannot be read is told, too.
+def test_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    done = [write_result(tmp_path, "minilm", side, 50, "sst2", 80).name for side in ("bottom", "top")]
+    asked = {"python grid.py --preset paper": [*done, "a", "b"], "python grid.py --frac 0.5": done}
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    assert run_main(tmp_path, monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert '\n2 of 4 runs of "python grid.py --preset paper" are missing\n' in out
+    assert "--frac 0.5" not in out and "the paper's 320 cells" not in out
+    for text in ("{", "[]", '{"python": 3}', '{"python": [[1]]}', "[" * 100_000):
+        (tmp_path / "asked.json").write_text(text)
+        said = run_main(tmp_path, monkeypatch)
+        assert said != 0 and str(said).startswith(f"{tmp_path}/asked.json cannot be read") and "\n" not in said
 
 
 # A setting that a result lacks, because it is older than the setting, has its neutral value: no variant.
@@ -272,15 +342,16 @@ def test_claims_with_degrees_left_out(tmp_path: Path) -> None:
 
 
 def test_comparison(tmp_path: Path) -> None:
-    write_result(tmp_path, LARGE, "bottom", 50, "imdb", 40, halves=[(38, 42)], predicted=([0, 1], [1, 1]))
+    write_result(tmp_path, LARGE, "bottom", 50, "imdb", 0, predicted=CONSTANT)
     write_result(tmp_path, BASE, "none", 0, "bbc_news", 95)
     both = aggregate.compare(cells_of(tmp_path), paper.published_cells())
     assert len(both) == 321 and both["paper"].notna().sum() == 320 and both["paper_outlier"].sum() == 7
     ours = both[both["ours"].notna()].set_index("dataset")
     imdb, bbc = ours.loc["imdb"], ours.loc["bbc_news"]
     assert (imdb["table"], imdb["model"], imdb["percent"], imdb["side"]) == ("1", LARGE, 50, "bottom")
-    assert imdb["ours"] == pytest.approx(40) and imdb["paper"] == 33.97 and imdb["difference"] == pytest.approx(6.03)
-    assert imdb["cross_fitted"] == pytest.approx(40) and imdb["collapsed"] and imdb["paper_outlier"]
+    assert imdb["ours"] == pytest.approx(100 / 3) and imdb["paper"] == 33.97
+    assert imdb["difference"] == pytest.approx(100 / 3 - 33.97)
+    assert imdb["cross_fitted"] == pytest.approx(100 / 3) and imdb["collapsed"] and imdb["paper_outlier"]
     assert pd.isna(bbc["paper"]) and pd.isna(bbc["paper_outlier"]) and not bbc["collapsed"]
 
 
@@ -300,18 +371,19 @@ def test_best_learning_rate_over_seeds(tmp_path: Path) -> None:
 # Each pair is an epoch's F1 on half a and on half b. Picked on a: 1e-5's best epochs give 80 and 84, mean 82; 5e-5's 81
 # and 81, mean 81: so 1e-5, whose epochs read 70 (seed 0, epoch 2) and 76 (seed 1, epoch 1) on b: 73. Picked on b: 1e-5
 # 75 and 76, mean 75.5; 5e-5 79 and 73, mean 76: so 5e-5, which reads 60 (epoch 2) and 81 (epoch 1) on a: 70.5.
-# Cross-fitted: (73 + 70.5) / 2 = 71.75. By test F1 the best is 5e-5 with (83 + 80) / 2 = 81.5, so the bias is 9.75.
+# Cross-fitted: (73 + 70.5) / 2 = 71.75. By test F1, the mean of both halves, 1e-5 has (76 + 80) / 2 = 78 and 5e-5
+# (72.5 + 77) / 2 = 74.75, so the bias is 6.25.
 def test_cross_fitting_by_hand(tmp_path: Path) -> None:
-    for rate, seed, f1, halves in (
-        (1e-5, 0, 78, [(77, 75), (80, 70)]),
-        (1e-5, 1, 79, [(84, 76), (66, 67)]),
-        (5e-5, 0, 83, [(81, 64), (60, 79)]),
-        (5e-5, 1, 80, [(81, 73), (80, 72)]),
+    for rate, seed, halves in (
+        (1e-5, 0, [(77, 75), (80, 70)]),
+        (1e-5, 1, [(84, 76), (66, 67)]),
+        (5e-5, 0, [(81, 64), (60, 79)]),
+        (5e-5, 1, [(81, 73), (80, 72)]),
     ):
-        write_result(tmp_path, BASE, "top", 50, "sst2", f1, learning_rate=rate, seed=seed, halves=halves)
+        write_result(tmp_path, BASE, "top", 50, "sst2", 0, learning_rate=rate, seed=seed, halves=halves)
     (cell,) = cells_of(tmp_path).to_dict("records")
-    assert (cell["learning_rate"], cell["f1"]) == (5e-5, pytest.approx(81.5))
-    assert cell["cross_fitted"] == pytest.approx(71.75) and cell["selection_bias"] == pytest.approx(9.75)
+    assert (cell["learning_rate"], cell["f1"]) == (1e-5, pytest.approx(78))
+    assert cell["cross_fitted"] == pytest.approx(71.75) and cell["selection_bias"] == pytest.approx(6.25)
 
 
 # Without seed 1, which 5e-5 does not have, 1e-5 has 80 and loses to 81; with it, its mean would be 85 and win.
@@ -349,7 +421,7 @@ def test_collapsed_runs(tmp_path: Path) -> None:
     assert runs["constant_f1"].tolist() == [pytest.approx(constant), pytest.approx(np.nan, nan_ok=True)]
     (cell,) = aggregate.make_cells(runs).to_dict("records")
     assert cell["collapsed"] and cell["constant_f1"] == pytest.approx(constant)
-    assert "30.00†" in aggregate.markdown(pd.DataFrame([cell]))
+    assert f"{cell['f1']:.2f}†" in aggregate.markdown(pd.DataFrame([cell]))
 
 
 # Class 3 is never a label and class 0 never predicted: both are rows that scikit-learn has a rule for.
@@ -362,7 +434,7 @@ def test_weighted_f1_is_scikit_learns() -> None:
     for count in counts:
         labels, predictions = np.repeat(pairs, count, axis=0).T
         expected.append(f1_score(labels, predictions, average="weighted", zero_division=0))
-    assert stats.weighted_f1(counts, *pairs.T) == pytest.approx(expected, abs=1e-12)
+    assert stats.weighted_f1(counts, pairs[:, 0], pairs[:, 1:].T) == pytest.approx(expected, abs=1e-12)
 
 
 # Against a bootstrap that draws row numbers, the same for both seeds, whose errors mostly coincide (drawn apart, their
@@ -423,8 +495,8 @@ def test_bottom_equal_to_top(tmp_path: Path) -> None:
 
 # Pairs of other test rows are refused; of other seeds, what they share is compared, and it is said.
 def test_pairs_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    write_result(tmp_path, BASE, "bottom", 50, "sst2", 70, predicted=([0, 1, 1], [0, 1, 1]))
-    write_result(tmp_path, BASE, "top", 50, "sst2", 70, predicted=([0, 1, 0], [0, 1, 1]))
+    write_result(tmp_path, BASE, "bottom", 50, "sst2", 0, predicted=([0, 1, 1, 0, 1], [0, 1, 1, 0, 0]))
+    write_result(tmp_path, BASE, "top", 50, "sst2", 0, predicted=([0, 1, 0, 1, 1], [0, 1, 1, 0, 0]))
     for seed in (0, 1):
         write_result(tmp_path, BASE, "bottom", 50, "imdb", 70, seed=seed)
     write_result(tmp_path, BASE, "top", 50, "imdb", 70, seed=1)
@@ -458,11 +530,13 @@ def test_files_and_an_empty_folder(
     (failed / "failure.json").write_text('{"reason": "out of memory"}')
     assert run_main(tmp_path, monkeypatch) == 0
     out, err = capsys.readouterr()
-    assert "3 cells from 3 runs, 0 cells missing\nfailed: a-failed-one: out of memory\n" in out and err == ""
+    assert "3 cells from 3 runs, 0 cells missing in the rows and columns that are there\n" in out and err == ""
+    assert "3 of the paper's 320 cells (Table 1: 2 of 120, Table 3: 0 of 120, Table 4: 1 of 40, Table 5: 0" in out
+    assert "\nfailed: a-failed-one: out of memory\n" in out
     assert "| (1) corrupted < uncorrupted   | 100/102 | 0/0    | 0/0             |" in out
     for name in ("Table 1", "Table 4"):
         assert f"{name}: weighted F1 in percent" in out
-    kinds = {f"{name}.csv" for name in ("results", "cells", "comparison", "claims", "bottom_top")}
+    kinds = {f"{name}.csv" for name in ("results", "cells", "comparison", "claims", "bottom_top", "table2")}
     tables = {f"table{number}.{kind}" for number in (1, 4) for kind in ("csv", "md", "tex")}
     assert {path.name for path in tmp_path.iterdir()} == {"runs"} | kinds | tables
     assert all(name in out.splitlines()[-1] for name in kinds | tables)
@@ -510,10 +584,10 @@ def test_all_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     write_result(tmp_path, BASE, "none", 0, "imdb", 80)
     write_text = Path.write_text
 
-    def full(path: Path, text: str) -> int:
+    def full(path: Path, text: str, **options: str) -> int:
         if path.name.endswith("table1.tex"):
             raise OSError(28, "No space left on device")
-        return write_text(path, text)
+        return write_text(path, text, **options)
 
     monkeypatch.setattr(Path, "write_text", full)
     assert run_main(tmp_path, monkeypatch) == 2
@@ -526,55 +600,92 @@ def cut_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def line_cut_off(run: Path) -> None:
-    (run / "epochs.csv").write_text("epoch,weighted_f1_half_a,weighted_f1_half_b\n1,0.82,0.82\n2,0.84")
-    change(run / "result.json", epochs=2)
-    sign(run)
+def put(*keys: str, value: object) -> Callable[[Path], None]:
+    """Another value in result.json, under a digest that is right; "gone" takes it out."""
+
+    def harm(run: Path) -> None:
+        path = run / "result.json"
+        result = json.loads(path.read_text())
+        place = result
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        if value == "gone":
+            del place[keys[-1]]
+        change(path, result)
+
+    return harm
 
 
-def change_predictions(run: Path) -> None:
+def other_predictions(run: Path) -> None:
     path = run / "predictions.csv.gz"
-    pd.read_csv(path).assign(prediction=1).to_csv(path, index=False)
+    pd.read_csv(path).assign(epoch_1=1).to_csv(path, index=False)
 
 
-def version(run: Path, number: object) -> None:
-    settings = json.loads((run / "result.json").read_text())["settings"] | {"results_version": number}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    change(run / "result.json", settings=settings)
+def other_score(run: Path) -> None:
+    path = run / "epochs.csv"
+    pd.read_csv(path).assign(weighted_f1_half_b=0.9912).to_csv(path, index=False)
 
 
+def edit(run: Path) -> None:
+    path = run / "result.json"
+    path.write_text(path.read_text().replace('"weighted_f1": 0.82', '"weighted_f1": 0.99'))
+
+
+deep: list = []
+for _ in range(500):
+    deep = [deep]
+WROTE = "not what the run wrote"
 BAD = {
-    "result cut off": (lambda run: cut_off(run / "result.json"), "result.json"),
-    "result not an object": (lambda run: (run / "result.json").write_text("[]"), "result.json"),
-    "no F1": (lambda run: change(run / "result.json", weighted_f1="gone"), "lacks 'weighted_f1'"),
-    "F1 not a number": (lambda run: change(run / "result.json", weighted_f1=float("nan")), "not from 0 to 1"),
-    "no settings": (lambda run: change(run / "result.json", settings="gone"), "lacks 'settings'"),
-    "a newer version": (lambda run: version(run, RESULTS_VERSION + 1), f"is {RESULTS_VERSION + 1}, this code's is"),
-    "an older version": (lambda run: version(run, RESULTS_VERSION - 1), f"is {RESULTS_VERSION - 1}, this code's is"),
-    "no version": (lambda run: version(run, None), "results_version is None"),
-    "no epochs": (lambda run: (run / "epochs.csv").unlink(), "epochs.csv"),
-    "epochs cut off": (lambda run: cut_off(run / "epochs.csv"), "epochs.csv: not what the run wrote"),
-    "a line cut off": (line_cut_off, "epochs.csv: an F1 is not from 0 to 1"),
-    "an epoch too few": (lambda run: change(run / "result.json", epochs=2), "1 epochs of 2"),
-    "no predictions": (lambda run: (run / "predictions.csv.gz").unlink(), "predictions.csv.gz"),
-    "predictions cut off": (lambda run: (cut_off(run / "predictions.csv.gz"), sign(run)), "predictions.csv.gz"),
-    "other predictions": (change_predictions, "predictions.csv.gz: not what the run wrote"),
-    "no digests": (lambda run: change(run / "result.json", files="gone"), "lacks 'files'"),
+    "result cut off": (lambda run: cut_off(run / "result.json"), WROTE),
+    "result not an object": (lambda run: (run / "result.json").write_text("[]"), WROTE),
+    "result edited": (edit, WROTE),
+    "result a folder": (lambda run: ((run / "result.json").unlink(), (run / "result.json").mkdir()), "directory"),
+    "result gone": (lambda run: (run / "result.json").unlink(), "result.json"),
+    "copied": (lambda run: run.rename(run.with_name(f"copy of {run.name}")), "it is a copy, or was renamed"),
+    "a newer version": (put("settings", "results_version", value=99), "is 99, this code's is"),
+    "no version": (put("settings", "results_version", value="gone"), "results_version is None"),
+    "epochs gone": (lambda run: (run / "epochs.csv").unlink(), "epochs.csv"),
+    "epochs cut off": (lambda run: cut_off(run / "epochs.csv"), f"epochs.csv is {WROTE}"),
+    "epochs cut off, signed": (lambda run: (cut_off(run / "epochs.csv"), sign(run)), ""),
+    "an epoch too many": (put("epochs", value=2), "test rows, classes or epochs"),
+    "predictions gone": (lambda run: (run / "predictions.csv.gz").unlink(), "predictions.csv.gz"),
+    "predictions cut off": (lambda run: (cut_off(run / "predictions.csv.gz"), sign(run)), ""),
+    "other predictions": (other_predictions, f"predictions.csv.gz is {WROTE}"),
+    "other predictions, signed": (lambda run: (other_predictions(run), sign(run)), "not those of its predictions"),
+    "another score, signed": (lambda run: (other_score(run), sign(run)), "not those of its predictions"),
+    "another F1": (put("weighted_f1", value=0.9912), "not those of its predictions"),
+    "other labels": (put("data", "rows_per_class", "test", value={"class 0": 21, "class 1": 19}), "test rows"),
+    "other layers": (put("corruption", "layers", value=[1]), "1 corrupted layers of 12 are not none 0.0 %"),
     "failure cut off": (lambda run: (run / "failure.json").write_text("{"), "failure.json"),
 }
+for keys in ("weighted_f1", "settings", "epochs", "files", "data", "seconds", "settings model"):
+    BAD[f"no {keys}"] = put(*keys.split(), value="gone"), ""
+ODD = {
+    **{"settings percent": "50", "settings learning_rate": "x", "settings model": None, "settings side": "middle"},
+    **{"settings seed": [0], "settings pooling": {}, "settings warmup_steps": deep, "settings weight_decay": "much"},
+    **{"settings num_train_epochs": "ten", "settings tuning": True, "epochs": "1", "weighted_f1": float("nan")},
+    **{"best_epoch": float("inf"), "seconds total": "long", "data rows": deep, "versions torch": 2, "device": "cpu"},
+    **{"commit": 7, "files": [], "accuracy": True, "corruption layers": {}, "settings dataset": ["sst2"]},
+}
+BAD |= {f"odd {keys}": (put(*keys.split(), value=value), "") for keys, value in ODD.items()}
+for name, value in {"large": 10**400, "a fraction": 1.5, "large enough": 10**30, "true": True}.items():
+    BAD[f"seed {name}"] = put("settings", "seed", value=value), ""
 
 
 # Named in one line and left out of the numbers; the rest is there.
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_runs(bad: str, tmp_path: Path) -> None:
+def test_bad_runs(bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     write_result(tmp_path, BASE, "none", 0, "sst2", 92)
     run = write_result(tmp_path, BASE, "none", 0, "imdb", 82)
     harm, reason = BAD[bad]
     harm(run)
-    runs, predictions, _, (message,) = aggregate.read_runs(tmp_path)
-    assert message.startswith(f"{run} is left out: ") and reason in message and "\n" not in message
-    assert runs["dataset"].tolist() == (["imdb", "sst2"] if bad == "failure cut off" else ["sst2"])
-    assert set(runs["run"]) == set(predictions)
+    said = run_main(tmp_path, monkeypatch)
+    assert isinstance(said, str) and said.count("\n") == 0 and reason in said and "Traceback" not in said, said
+    assert said.startswith(f"{run.parent}/") and (f"{run.name} is left out: " in said or bad == "failure cut off")
+    rows = pd.read_csv(tmp_path / "results.csv")
+    assert rows["dataset"].tolist() == (["imdb", "sst2"] if bad == "failure cut off" else ["sst2"])
+    assert rows["f1"].tolist()[-1] == pytest.approx(92) and "Traceback" not in capsys.readouterr().err
 
 
 # A copy of a run is not a second seed; what is left out is named, and the exit code is 1. Where nothing can be read it
@@ -583,14 +694,65 @@ def test_a_copied_run_and_only_bad_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     run = write_result(tmp_path, BASE, "none", 0, "sst2", 92)
-    copy = run.with_name(f"{run.name}-copy")
-    copy.mkdir()
-    for path in run.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    assert run_main(tmp_path, monkeypatch) == f"{copy} is left out: another has the same settings"
+    copy = shutil.copytree(run, run.with_name(f"copy of {run.name}"))
+    assert f"{copy} is left out: it is a copy, or was renamed" in run_main(tmp_path, monkeypatch)
     assert "1 cells from 1 runs" in capsys.readouterr().out
     for folder in (run, copy):
         cut_off(folder / "result.json")
     assert run_main(tmp_path, monkeypatch) == 2
     message = capsys.readouterr().err
     assert f"{run} is left out" in message and f"{copy} is left out" in message and "holds no result" in message
+
+
+# Whatever bytes stand in a run's files: no traceback, and either its number as it was, or a line and no number.
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    name=st.sampled_from(["result.json", "epochs.csv", "predictions.csv.gz"]),
+    place=st.floats(0, 1, exclude_max=True),
+    content=st.binary(max_size=20),
+    cut=st.booleans(),
+    resign=st.booleans(),
+)
+def test_any_bytes(name: str, place: float, content: bytes, cut: bool, resign: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_result(Path(folder), BASE, "none", 0, "sst2", 90)
+        path = next(Path(folder).glob(f"runs/*/{name}"))
+        whole = path.read_bytes()
+        at = int(place * len(whole))
+        path.write_bytes(whole[:at] + content + (b"" if cut else whole[at + len(content) :]))
+        if resign and name != "result.json":
+            sign(path.parent)
+        try:
+            runs, *_, problems = aggregate.read_runs(Path(folder))
+            assert (
+                problems == [] and runs["f1"].tolist() == [pytest.approx(90)] and (resign or path.read_bytes() == whole)
+            )
+        except InputError as error:
+            assert str(error).count(" is left out: ") == 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+# Whatever value stands in the place of one of result.json's, under a right digest: the same.
+@settings(max_examples=120, derandomize=True, deadline=None)
+@given(data=st.data(), value=JSON)
+def test_any_values(data: st.DataObject, value: object) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = write_result(Path(folder), BASE, "none", 0, "sst2", 90)
+        result = json.loads((run / "result.json").read_text())
+        place, key = result, data.draw(st.sampled_from(sorted(result)))
+        while isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
+            place, key = place[key], data.draw(st.sampled_from(sorted(place[key])))
+        place[key] = value
+        change(run / "result.json", result)
+        try:
+            runs, *_, problems = aggregate.read_runs(Path(folder))
+            assert problems == [] and runs["f1"].tolist() == [pytest.approx(90)]
+            aggregate.make_cells(runs)
+        except InputError as error:
+            assert str(error).count(" is left out: ") == 1

@@ -41,9 +41,10 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output_dir = tmp_path_factory.mktemp("papers") / "my outputs"
     rate, runs = {"learning_rate": (2e-5,)}, []
     for preset, axes in (("table4", {}), ("table5", {}), ("table1", {"dataset": ("sst2",)})):
-        runs += grid.expand(paper.PRESETS[preset], axes | rate)
+        runs += grid.expand(paper.PRESETS[preset], axes | rate, {"output_dir": str(output_dir)})
     left_out = [run for run in runs if (run.model, run.frac, run.dataset) == (LARGE, 0.25, "sst2")]
-    page.write_runs([run for run in runs if run not in left_out], output_dir, noise=0)
+    runs = [run for run in runs if run not in left_out]
+    page.write_runs(runs, noise=0, rows=20_000, classes=2, epochs=2)  # rows for two decimals
     draw_all = plots.draw_all
     with pytest.MonkeyPatch.context() as monkeypatch:
         chosen = "dataset in ['sst2', 'rte']"  # a figure takes half a second
@@ -261,7 +262,8 @@ def test_two_output_folders_side_by_side(
 ) -> None:
     other = tmp_path / "other"
     axes = {"dataset": ("rte",), "model": ("distilbert-base-uncased",), "learning_rate": (2e-5,)}
-    page.write_runs(grid.expand(paper.PRESETS["table5"], axes, {"num_train_epochs": 3.0}), other, noise=3)
+    runs = grid.expand(paper.PRESETS["table5"], axes, {"num_train_epochs": 3.0, "output_dir": str(other)})
+    page.write_runs(runs, noise=3, rows=20_000, classes=2, epochs=2)
     run_script(aggregate, monkeypatch, "--output_dir", other)
     run_script(report, monkeypatch, "--output_dir", other, "--compare_to", papers)
     ours, theirs = (pd.read_csv(folder / "cells.csv").query("table == 5") for folder in (other, papers))
