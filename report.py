@@ -10,7 +10,6 @@ does, where it is not up to date. All is read from the CSVs that aggregate.py wr
 that these do not agree on is refused.
 """
 
-import json
 import re
 import sys
 from base64 import b64encode
@@ -23,7 +22,19 @@ import numpy as np
 import pandas as pd
 
 import plots
-from aggregate import as_text, claims_table, count_missing, format_cells, groups, other_settings, paper_table, read_csv
+import run_dir
+from aggregate import (
+    as_text,
+    claims_table,
+    count_missing,
+    format_cells,
+    groups,
+    missing_lines,
+    other_settings,
+    paper_table,
+    read_csv,
+    read_failures,
+)
 from common import InputError, atomic_write, fail, make_parser, one_line
 from paper import CLAIMS, TABLES, dataset_title, model_title, published_cells
 
@@ -59,20 +70,15 @@ def read(output_dir: Path) -> ResultSet:
     for run, f1 in zip(runs["run"], runs["f1"], strict=True):
         folder = output_dir / "runs" / run
         try:
-            results[run] = json.loads((folder / "result.json").read_text())
+            results[run] = run_dir.read_result(folder)
             epochs[run] = pd.read_csv(folder / "epochs.csv")
             if not abs(100 * results[run]["weighted_f1"] - f1) < 1e-6:
                 raise ValueError("another F1")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except run_dir.UNREADABLE as error:
             raise InputError(f"{folder} is not what results.csv was made from ({one_line(error)}): {again}") from error
     folders = sorted(path.parent.name for path in output_dir.glob("runs/*/result.json"))
-    failures = {}
-    for path in sorted(output_dir.glob("runs/*/failure.json")):
-        try:
-            failures[path.parent.name] = json.loads(path.read_text())["reason"]
-        except (OSError, ValueError, KeyError, TypeError):
-            failures[path.parent.name] = "failure.json cannot be read"
-    return ResultSet(runs, cells, pairs, results, epochs, failures, [run for run in folders if run not in results])
+    failures, left_out = read_failures(output_dir)[0], [run for run in folders if run not in results]
+    return ResultSet(runs, cells, pairs, results, epochs, failures, left_out)
 
 
 # ---- Ours beside the reference: the paper, or another output folder ----
@@ -82,7 +88,7 @@ def join_reference(ours: pd.DataFrame, reference: pd.DataFrame, by_variant: bool
     """A row for each cell of ours, and of the reference where it has a column of ours; its values end in _reference.
 
     `difference` is ours - reference, `lost` F1 - the uncorrupted model's (both in percent, negative is worse), `kept`
-    F1 in percent of it.
+    F1 in percent of it, unless that is within 2 points of the floor: what has not learned cannot recover.
     """
     columns = ours[COLUMNS].drop_duplicates()
     on = COLUMNS if by_variant else [name for name in COLUMNS if name != "variant"]
@@ -93,7 +99,8 @@ def join_reference(ours: pd.DataFrame, reference: pd.DataFrame, by_variant: bool
     for whose in ("", "_reference"):
         f1 = both[f"f1{whose}"]
         uncorrupted = f1.where(both["side"] == "none").groupby([both[name] for name in COLUMNS]).transform("first")
-        both[f"lost{whose}"], both[f"kept{whose}"] = f1 - uncorrupted, 100 * f1 / uncorrupted
+        both[f"lost{whose}"] = f1 - uncorrupted
+        both[f"kept{whose}"] = 100 * f1 / (uncorrupted if whose else uncorrupted.where(uncorrupted > both["floor"] + 2))
     return both
 
 
@@ -192,9 +199,10 @@ def provenance(ours: ResultSet) -> pd.DataFrame:
 
 
 def count_settings(ours: ResultSet) -> dict[str, dict[str, int]]:
-    """The values of each setting, beside those of the cell, learning rate and seed, and how many runs have each."""
-    settings = other_settings({run: result["settings"] for run, result in ours.results.items()})
-    settings = settings.drop(columns=["model_fingerprint", "data_fingerprint"])
+    """The values of each setting, beside those of the cell, and how many runs have each."""
+    rates = ours.runs[["learning_rate", "seed"]].map("{:g}".format)
+    others = pd.DataFrame([other_settings(result) for result in ours.results.values()]).fillna("null")
+    settings = rates.join(others.drop(columns=["model_fingerprint", "data_fingerprint"]))
     return {name: column.value_counts().to_dict() for name, column in settings.items()}
 
 
@@ -244,6 +252,7 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         provenance=provenance(ours),
         settings=count_settings(ours),
         their_settings=their_settings,
+        missing=missing_lines(output_dir, ours.runs["run"], in_tables),
         number_of={run: number for number, run in enumerate(ours.runs["run"], 1)},
         models=[model_title(model) for (model,), _ in groups(both, "model")],
         datasets=[dataset_title(dataset) for (dataset,), _ in groups(both, "dataset")],
@@ -252,7 +261,7 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
     )
     path = output_dir / f"report{end}.html"
     with atomic_write(path) as aside:
-        aside.write_text(page)
+        aside.write_text(page, encoding="utf-8")
     return path
 
 

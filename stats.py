@@ -57,14 +57,15 @@ def collapse_stats(predictions: pd.DataFrame) -> dict[str, float | bool]:
     """The share of the most predicted class (percent), and whether the run is collapsed: at least 99 %.
 
     `constant_f1`, of a collapsed run, is the F1 of predicting only that class: 2p^2 / (1 + p), where p is the class's
-    share in the labels. Section 4.4's outliers are such numbers. `guessing_f1` is the F1 of drawing each row's class
-    with the classes' shares in the labels.
+    share in the labels. Section 4.4's outliers are such numbers. `floor` is the larger F1 of predicting the most
+    frequent class, and of drawing each row's class with the classes' shares.
     """
     labels, guesses = (np.bincount(predictions[name]) / len(predictions) for name in ("label", "prediction"))
     most = guesses.argmax()
     collapsed, p = bool(guesses[most] >= COLLAPSED), labels[most] if most < len(labels) else 0.0
     constant_f1 = 100 * 2 * p**2 / (1 + p) if collapsed else np.nan
-    shares = {"most_predicted": 100 * guesses[most], "guessing_f1": 100 * (labels**2).sum()}
+    floor = 100 * max(2 * labels.max() ** 2 / (1 + labels.max()), (labels**2).sum())
+    shares = {"most_predicted": 100 * guesses[most], "floor": floor}
     return {**shares, "collapsed": collapsed, "constant_f1": constant_f1}
 
 
@@ -97,7 +98,7 @@ def pick_learning_rate(runs: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
     second. `lr_at_grid_edge`: the best learning rate is the lowest or the highest tried, so a better one may lie
     outside.
     """
-    mean = ("f1", "constant_f1", "guessing_f1", "picked_on_a", "then_on_b", "picked_on_b", "then_on_a")
+    mean = ("f1", "constant_f1", "floor", "picked_on_a", "then_on_b", "picked_on_b", "then_on_a")
     columns = {name: (name, "mean") for name in mean}
     columns |= {"f1_std": ("f1", "std"), "seeds": ("seed", "nunique"), "layers": ("layers", "first")}
     columns |= {"collapsed": ("collapsed", "any"), "collapsed_runs": ("collapsed", "sum"), "runs": ("run", " ".join)}

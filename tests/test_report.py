@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 from playwright.sync_api import Browser, Page, sync_playwright
-from test_aggregate import change, sign, write_result
+from test_aggregate import change, write_result
 from test_plots import add_four
 
 import aggregate
@@ -184,7 +184,7 @@ def test_links_resolve(outputs: str, opened: Callable, request: pytest.FixtureRe
     ids = set(tab.evaluate("[...document.querySelectorAll('[id]')].map(element => element.id)"))
     assert len(links) > 10
     for link in links - {"https://arxiv.org/abs/2406.14459"}:
-        assert link[1:] in ids if link.startswith("#") else (folder / unquote(link)).exists(), link
+        assert unquote(link[1:]) in ids if link.startswith("#") else (folder / unquote(link)).exists(), link
 
 
 # The counts of the paper's claims in Tables 4 and 5, counted by others; on its own numbers ours are the same.
@@ -203,7 +203,8 @@ def test_the_verdict(papers: Path, opened: Callable) -> None:
     first, _, third = tab.locator("#verdict .card p").all_inner_texts()
     assert first == "Holds here mostly (67 of 83); in the paper mostly (152 of 170)."
     assert re.fullmatch(
-        r"Holds here nearly always .*\. In \d+ of 34 the 95 % interval of the difference is above 0\.", third
+        r"Holds here nearly always .*\. In \d+ of 34 the 95 % interval of the difference is above 0(; not so in .*)?\.",
+        third,
     )
     theirs = r"; in the paper \d+ %, \d+ %, \d+ % \(Table 1, averaged over 3 columns of model and data set\)\."
     assert re.search(f"{theirs}$", tab.locator(".lead").inner_text())
@@ -214,7 +215,7 @@ def test_the_recovered_share_by_hand() -> None:
     rows = [("sst2", "none", 0, 100), ("sst2", "bottom", 50, 80), ("sst2", "top", 50, 90)]
     rows += [("rte", "none", 0, 50), ("rte", "bottom", 50, 40), ("rte", "top", 50, 55), ("imdb", "bottom", 50, 1)]
     cells = pd.DataFrame(rows, columns=["dataset", "side", "percent", "f1"]).assign(table="1", model=BASE, variant="")
-    cells = cells.assign(collapsed=False, layers=6).astype({"percent": float, "f1": float})
+    cells = cells.assign(collapsed=False, layers=6, floor=20.0).astype({"percent": float, "f1": float})
     both = report.join_reference(cells, cells[cells["dataset"] == "sst2"], by_variant=False)
     left = report.recovered_share(both)
     assert left[["side", "columns", "ours"]].to_numpy().tolist() == [["bottom", 2, 80.0], ["top", 2, 100.0]]
@@ -224,13 +225,17 @@ def test_the_recovered_share_by_hand() -> None:
         report.join_reference(cells[cells["dataset"] == "sst2"], cells, by_variant=False)
     )
     assert both_columns["reference"].tolist() == [80.0, 90.0]
+    # where the uncorrupted model is within two points of the floor it has learned nothing: 50 is above 47.9, not above 48
+    for floor, columns in ((47.9, 2), (48.0, 1)):
+        both = report.join_reference(cells.assign(floor=floor), cells, by_variant=False)
+        assert report.recovered_share(both)["columns"].tolist() == [columns, columns]
 
 
 # Beside another output folder a variant meets its like; the paper has one number for all.
 def test_variants_beside_the_reference() -> None:
     rows = [("a", 90.0), ("b", 80.0)]
     cells = pd.DataFrame(rows, columns=["variant", "f1"]).assign(table="1", model=BASE, dataset="sst2", side="none")
-    cells = cells.assign(percent=0.0, collapsed=False, layers=0)
+    cells = cells.assign(percent=0.0, collapsed=False, layers=0, floor=0.0)
     other = cells.assign(f1=[50.0, 60.0])
     assert report.join_reference(cells, other, by_variant=True)["difference"].tolist() == [40.0, 20.0]
     published = other[:1].assign(variant="")
@@ -287,10 +292,6 @@ def test_a_table_without_a_published_counterpart(
     for side, percent, f1 in (("none", 0, 80), ("bottom", 50, 60), ("top", 50, 70), ("all", 100, 40)):
         run = write_result(tmp_path, BASE, side, percent, "ag_news", f1, pooling="mean", tuning="adapter")
         change(run / "result.json", command=f"python train.py --frac {percent / 100}")
-        pd.DataFrame(
-            {"epoch": [1], "weighted_f1": f1 / 100, "weighted_f1_half_a": 0.5, "weighted_f1_half_b": 0.5}
-        ).to_csv(run / "epochs.csv", index=False)
-        sign(run)
     for module in (aggregate, report):
         run_script(module, monkeypatch, "--output_dir", tmp_path)
     tab = opened(tmp_path / "report.html")
@@ -301,9 +302,7 @@ def test_a_table_without_a_published_counterpart(
     lead += "88 % with the top, 50 % with all (Table 10, averaged over 1 column of model and data set)."
     assert tab.locator(".lead").inner_text() == lead
     sentences = [f"Holds here always ({count} of {count})." for count in (3, 4, 1)]
-    sentences[2] += (
-        " In 0 of 1 the 95 % interval of the difference is above 0; not so in Base, 50 %, AG News, mean, adapter."
-    )
+    sentences[2] += " In 1 of 1 the 95 % interval of the difference is above 0."
     assert tab.locator("#verdict .card p").all_inner_texts() == sentences
     assert tab.locator("figure svg").count() == 2 and tab.locator("#verdict .share").count() == 3
 
