@@ -30,8 +30,8 @@ import numpy as np
 import pandas as pd
 
 import data_sources
-from common import USER_ERRORS, InputError, RunError, atomic_write, file_lock, make_parser, one_line
-from data_sources import DATASETS, DEMO, HELP, DatasetSpec, Frames, explain, is_text, own_source, read_source, refuse
+from common import USER_ERRORS, InputError, RunError, atomic_write, explain, file_lock, make_parser, one_line
+from data_sources import DATASETS, DEMO, HELP, DatasetSpec, Frames, is_text, own_source, read_source, refuse
 
 SPLIT_VERSION = 3  # raise it when the same source would give other rows: prepared sets are then made again
 

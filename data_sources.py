@@ -9,19 +9,17 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from unicodedata import normalize
 
 import pandas as pd
 import pyarrow as pa
 
-from common import InputError, one_line, sha256_of
+from common import InputError, explain, one_line, sha256_of
 
 
 @dataclass(frozen=True)
@@ -82,15 +80,6 @@ DATASETS = {
 }
 DEMO = ("rotten_tomatoes", "bbc_news")
 HELP = f"of {', '.join(DATASETS)}, or a folder of your own with a train and a test file (docs/data.md)"
-
-
-@contextmanager
-def explain(what: str, *errors: type[Exception]) -> Iterator[None]:
-    """Such errors inside the block become an InputError, `what: error`."""
-    try:
-        yield
-    except errors as error:
-        raise InputError(f"{what}: {one_line(error)}") from error
 
 
 def is_text(cell: object) -> bool:
@@ -265,12 +254,6 @@ def read_part(path: Path) -> pd.DataFrame:
     return frame.assign(label=labels.map(lambda label: str(label).strip()))
 
 
-def alike(label: str) -> int | str:
-    """What two spellings of one label share: 1 and 01, good and Good, 1 and True."""
-    plain = "".join(normalize("NFKC", label).casefold().split())
-    return int(label) if INTEGER.fullmatch(label) else {"true": 1, "false": 0}.get(plain, plain)
-
-
 def read_own(folder: Path) -> tuple[DatasetSpec, Frames, dict]:
     """A user's own set: its specification, its rows with integer labels, and their origin. Its classes are the distinct
     labels of train, in the order of their numbers if all are integers."""
@@ -283,10 +266,6 @@ def read_own(folder: Path) -> tuple[DatasetSpec, Frames, dict]:
     classes = sorted(labels, key=lambda label: (int(label) if integers else 0, label))
     if len(classes) < 2:
         raise InputError(f"every row of train has the label {classes[0]!r}: there must be two classes at least")
-    spellings = {}
-    for label in classes:
-        if label != (other := spellings.setdefault(alike(label), label)):
-            raise InputError(f"train has the labels {other!r} and {label!r}, which look like one: write them alike")
     labels = frames["test"]["label"]
     unknown = ~labels.isin(classes)
     hint = " (GLUE's mark of rows without a label)" if labels[unknown].min() == "-1" else ""

@@ -209,8 +209,8 @@ def test_round_trip_of_the_papers_tables(number: str, count: int, red: int) -> N
     assert text.count(r"\textbf") == (bottom.astype(float) != top.astype(float)).sum()
 
 
-# A name with characters that LaTeX or Markdown takes for its own is escaped; a line break in it is a blank. Of names that
-# pdflatex does not know the first lines say so.
+# A name with characters that LaTeX or Markdown takes for its own is escaped; a line break in it is a blank. Of names
+# that pdflatex does not know the first lines say so.
 def test_escapes(tmp_path: Path) -> None:
     write_result(tmp_path, "my_bert&co", "bottom", 50, "my_set", 90)
     text = aggregate.latex(cells_of(tmp_path))
@@ -251,8 +251,8 @@ def test_missing_cells_and_variants(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == f"{warning}num_train_epochs=10.0\n"
 
 
-# One name for a model and its settings in the whole table: what differs on one data set is named on the others, too. Two
-# versions of one data set are told apart, those of different data sets are not.
+# One name for a model and its settings in the whole table: what differs on one data set is named on the others, too.
+# Two versions of one data set are told apart, those of different data sets are not.
 def test_one_name_across_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for dataset, f1 in (("sst2", 90), ("imdb", 80)):
         write_result(tmp_path, BASE, "none", 0, dataset, f1, max_length=32)

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import f1_score
 
 import data_prep
 from common import InputError
@@ -46,7 +47,7 @@ def split_texts(data: datasets.DatasetDict) -> dict[str, list[tuple[str, int]]]:
     return {part: list(zip(rows["text"], rows["label"], strict=True)) for part, rows in data.items()}
 
 
-NOTHING_SHARED = {"shared_texts": 0, "shared_texts_kept": 0}
+NOTHING_SHARED = {"duplicate_texts_kept": 0, "shared_texts": 0, "shared_texts_kept": 0}
 
 
 # Of the package's 2,225 articles 2,125 are distinct; 96 and 50 rows keep each class's share to within one row.
@@ -83,10 +84,15 @@ def test_sentence_split_by_hand() -> None:
     own = [phrases | {sentence} for phrases, sentence in zip(own, SENTENCES, strict=True)]
 
     def outcomes(test_size: int) -> set[frozenset[str]]:
-        splits = (data_prep.split_by_sentence(texts, labels, test_size, seed) for seed in range(20))
+        splits = (data_prep.split_by_sentence(texts, labels, test_size, seed)[0] for seed in range(20))
         return {frozenset(texts[row] for row in np.flatnonzero(held_out)) for held_out in splits}
 
     assert outcomes(1) == {frozenset(own[1]), frozenset(own[2])}
+    _, group = data_prep.split_by_sentence(texts, labels, 1, 0)
+    groups = [{texts[row] for row in np.flatnonzero(group == number)} for number in range(3)]
+    later = max((0, 1), key=lambda sentence: group[sentence])  # "a good film" goes with the later of its sentences
+    expected = [phrases | ({"a good film"} if number == later else set()) for number, phrases in enumerate(own)]
+    assert sorted(map(sorted, groups)) == sorted(map(sorted, expected))
     assert outcomes(5) == {frozenset(own[1] | own[0] | {"a good film"}), frozenset(own[2] | own[0])}
 
 
@@ -101,19 +107,25 @@ def test_sentence_split_leaks_nothing(tmp_path: Path) -> None:
     train = [f" {data_prep.normalised(text)} " for text, _ in parts["train"]]
     test = [f" {data_prep.normalised(text)} " for text, _ in parts["test"]]
     assert not [text for text in test if any(text in phrase for phrase in train)]
+    data = data_prep.load("sst2", tmp_path)
+    source = pd.concat(pd.read_parquet(source / "sst2" / f"{part}.parquet") for part in ("train", "validation"))
+    for rows in data.values():
+        assert source["sentence"].iloc[rows["source_row"][:]].tolist() == rows["text"][:]
+    assert not {*data["train"]["group"]} & {*data["test"]["group"]}
 
 
-# The same rows in another order, and shared otherwise between the files, give the same split to the byte.
+# The same rows in another order, and shared otherwise between the files, give the same texts in the same order.
 def test_order_of_the_source_does_not_matter(tmp_path: Path) -> None:
     texts, labels = phrase_bank()
-    sizes, fingerprints = {"train_size": 150, "test_size": 60}, set()
+    sizes, splits = {"train_size": 150, "test_size": 60}, []
     for seed in (None, 1, 2):
         source = write_sst2(tmp_path / f"source{seed}", texts, labels, seed)
-        manifest = data_prep.prepare("sst2", str(source), **sizes, data_dir=tmp_path / f"data{seed}")
-        fingerprints.add(manifest["fingerprint"])
-    assert len(fingerprints) == 1
-    other = data_prep.prepare("sst2", str(source), **sizes, seed=1, data_dir=tmp_path / "seed1")
-    assert other["fingerprint"] not in fingerprints
+        data_prep.prepare("sst2", str(source), **sizes, data_dir=tmp_path / f"data{seed}")
+        data = data_prep.load("sst2", tmp_path / f"data{seed}")
+        splits.append((split_texts(data), data["test"]["group"][:]))
+    assert splits[0] == splits[1] == splits[2]
+    data_prep.prepare("sst2", str(source), **sizes, seed=1, data_dir=tmp_path / "seed1")
+    assert split_texts(data_prep.load("sst2", tmp_path / "seed1")) != splits[0][0]
 
 
 # "b" is labelled 1 twice and 0 once; "c" once each, so the smaller label stays. White space makes no new text.
@@ -143,10 +155,10 @@ def write_split(folder: Path, split: str, rows: list[tuple[object, ...]], column
 
 @pytest.fixture
 def small_emotion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Emotion's rules at a tenth of its size: six classes sorted by label, texts shared, duplicates, HTML and links."""
-    spec = DATASETS["emotion"]
+    """A set whose test splits are taken whole: classes sorted by label, texts shared, duplicates, HTML and links."""
     counts = {"train_from": {"train": 1_600}, "test_from": {"validation": 200, "test": 200}, "train_size": 1_400}
-    monkeypatch.setitem(DATASETS, "emotion", replace(spec, **counts))
+    spec = replace(DATASETS["emotion"], **counts, test_size=None, keep_duplicates=False)
+    monkeypatch.setitem(DATASETS, "emotion", spec)
     folder = tmp_path / "source" / "emotion"
     rows = {split: [(f"{split} {i} &amp; https://t.co/{i}", i * 6 // n) for i, n in numbered(n)] for split, n in SIZES}
     rows["train"][0] = rows["test"][0] = rows["test"][1]  # shared between train and test, and twice in test
@@ -170,17 +182,56 @@ def test_published_splits(small_emotion: Path, tmp_path: Path) -> None:
     data = data_prep.load("emotion", tmp_path / "data")
     parts = split_texts(data)
     published = [pd.read_parquet(small_emotion / f"{split}.parquet") for split in ("validation", "test")]
-    assert sorted(parts["test"]) == sorted(pd.concat(published).itertuples(index=False, name=None))
+    assert parts["test"] == list(pd.concat(published).itertuples(index=False, name=None))  # in the source's order
+    assert data["test"]["source_row"][:] == list(range(400))
     train = [text for text, _ in parts["train"]]
     assert len(set(train)) == len(train) == 1_400 and not set(train) & {text for text, _ in parts["test"]}
     assert all("&amp; https://t.co/" in text for text in train)
-    assert manifest["dropped"] == dict(duplicate_texts=1, labels_outvoted=0, shared_texts=1, shared_texts_kept=0)
+    assert manifest["dropped"] == dict(duplicate_texts=1, labels_outvoted=0) | NOTHING_SHARED | dict(
+        duplicate_texts_kept=1, shared_texts=1
+    )
     assert all(abs(count - 1_400 / 6) < 2 for count in manifest["rows_per_class"]["train"].values())
     assert data["train"]["label"] != sorted(data["train"]["label"])
-    table = data_prep.table2(tmp_path / "data")
+    table = pd.read_csv(data_prep.write_table2(tmp_path / "data"))
     assert table[["dataset", "classes", "train", "test", "balanced"]].to_numpy().tolist() == [
         ["emotion", 6, 1_400, 400, "yes"]
     ]
+
+
+# Emotion's published labels, train and validation together: joy is 1,348 of the 4,000 test rows, and a constant
+# prediction of it scores what the paper's collapsed runs score, 16.98.
+def test_emotion_gives_the_papers_constant() -> None:
+    counts = {0: 4_666 + 550, 1: 5_362 + 704, 2: 1_304 + 178, 3: 2_159 + 275, 4: 1_937 + 212, 5: 572 + 81}
+    frame = pd.DataFrame({"label": np.repeat([*counts], [*counts.values()])})
+    assert len(frame) == 18_000 and DATASETS["emotion"].train_from == {"train": 16_000, "validation": 2_000}
+    once = frame.drop(frame.index[frame["label"] == 1][:80])  # 40 texts of joy stand twice
+    test, _ = data_prep.stratified(once, DATASETS["emotion"].test_size, 0, frame)
+    assert (test["label"] == 1).sum() == 1_348 and len(test) == 4_000
+    constant = 100 * f1_score(test["label"], np.ones(4_000), average="weighted")
+    assert 16.98 <= constant <= 16.99
+
+
+# Emotion's rule, small: all published rows are kept, duplicates too; equal texts stand in train together; the test rows
+# have the classes' shares of the whole.
+def test_duplicates_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(DATASETS["emotion"], train_from={"train": 160, "validation": 20}, train_size=140, test_size=40)
+    monkeypatch.setitem(DATASETS, "emotion", spec)
+    rows = [(f"text {i}", i % 6) for i in range(180)]
+    for first, second in ((1, 170), (2, 3), (2, 4)):  # 1 in both splits, 2 three times, once with another label
+        rows[second] = (rows[first][0] + " ", rows[second][1])
+    for split, part in (("train", rows[:160]), ("validation", rows[160:])):
+        write_split(tmp_path / "source" / "emotion", split, part, ("text", "label"))
+    manifest = data_prep.prepare("emotion", str(tmp_path / "source"), data_dir=tmp_path / "data")
+    data = data_prep.load("emotion", tmp_path / "data")
+    parts = split_texts(data)
+    assert sorted(parts["train"] + parts["test"]) == sorted(rows) and len(parts["test"]) == 40
+    assert {text.strip() for text, _ in parts["train"]} >= {"text 1", "text 2"}
+    assert not {text.strip() for text, _ in parts["train"]} & {text.strip() for text, _ in parts["test"]}
+    for part in data.values():
+        assert [rows[row] for row in part["source_row"]] == list(zip(part["text"], part["label"], strict=True))
+    assert manifest["dropped"]["duplicate_texts_kept"] == 3 and manifest["dropped"]["duplicate_texts"] == 0
+    whole = Counter(label for _, label in rows)
+    assert all(abs(Counter(data["test"]["label"])[label] - 40 * whole[label] / 180) < 1 for label in range(6))
 
 
 # A source of another size than the published is refused, saying by how much, unless the user gives sizes.
@@ -219,7 +270,10 @@ GOOD = ([f"text {i}" for i in range(60)], [i % 2 for i in range(60)])
     ("texts", "labels", "message"),
     [
         (GOOD[0], [None, *GOOD[1][1:]], "1 rows have no label"),
-        (GOOD[0], [-1, 7, *GOOD[1][2:]], "2 rows have a label outside 0 to 1"),
+        (GOOD[0], [-1, 7, *GOOD[1][2:]], "1 rows have the label -1, which stands for none"),
+        (GOOD[0], [7, 9, *GOOD[1][2:]], "2 rows have a label that is not an integer from 0 to 1"),
+        (GOOD[0], [0.5, 1.5, *GOOD[1][2:]], "2 rows have a label that is not an integer from 0 to 1"),
+        (["a\0b", *GOOD[0][1:]], GOOD[1], "or has a NUL"),
         ([None, *GOOD[0][1:]], GOOD[1], "no text"),
         (["  ", *GOOD[0][1:]], GOOD[1], "an empty text"),
         ([b"bytes"] * 60, GOOD[1], "is not text"),

@@ -55,6 +55,8 @@ class Hub(BaseHTTPRequestHandler):
         file = folder / rest.removeprefix(f"resolve/{REVISION}/")
         if not name:
             self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
+        elif rest.startswith("revision/") and rest.removeprefix("revision/") not in ("main", REVISION):
+            self.answer(b"{}", 404, X_Error_Code="RevisionNotFound")
         elif rest.startswith("tree/"):
             under = folder / rest.removeprefix(f"tree/{REVISION}").strip("/")
             found = under.rglob("*") if "recursive=true" in url.query.lower() else under.glob("*")
@@ -85,6 +87,10 @@ def hub(tmp_path: Path, tiny_bert: Path) -> Iterator[ThreadingHTTPServer]:
     (data / "data").mkdir(parents=True)
     for path in tiny_bert.iterdir():
         (model / path.name).write_bytes(path.read_bytes())
+    pickled = root / "models" / "org" / "pickled"
+    pickled.mkdir(parents=True)
+    (pickled / "config.json").write_bytes((tiny_bert / "config.json").read_bytes())
+    (pickled / "pytorch_model.bin").write_bytes(b"a pickle")
     texts, labels = phrase_bank()
     frame = pd.DataFrame({"idx": range(len(texts)), "sentence": texts, "label": [int(label) for label in labels]})
     frame[20:].to_parquet(data / "data" / "train-00000-of-00001.parquet")
@@ -112,28 +118,46 @@ for script, *flags in json.loads(sys.argv[1]):
 def test_with_a_hub_and_then_without(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
     data_dir, outputs = tmp_path / "data", tmp_path / "outputs"
 
-    def run(port: int, *scripts: tuple[str, ...]) -> subprocess.CompletedProcess:
-        hub_there = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
+    def run(port: int, *scripts: tuple[str, ...], **more: str) -> subprocess.CompletedProcess:
+        hub_there = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": f"http://127.0.0.1:{port}"} | more
         command = [sys.executable, "-c", SCRIPTS, json.dumps(scripts)]
         options = {"capture_output": True, "text": True, "timeout": 300, "check": True}
         return subprocess.run(command, cwd=ROOT, env=os.environ | hub_there, **options)
 
-    def train(model: str) -> tuple[str, ...]:
+    def train(model: str, *flags: str) -> tuple[str, ...]:
         what = ("--corrupt", "bottom", "--frac", "0.5", "--num_train_epochs", "1", "--disable_tqdm", "True")
-        return ("train", "--model", model, *what, "--data_dir", str(data_dir), "--output_dir", str(outputs))
+        return ("train", "--model", model, *flags, *what, "--data_dir", str(data_dir), "--output_dir", str(outputs))
 
-    sizes = ("--train_size", "80", "--test_size", "40", "--data_dir", str(data_dir), "--output_dir", str(outputs))
-    prepare = ("data_prep", "--dataset", "sst2", *sizes)
-    done = run(hub.server_port, prepare, train("google-bert/bert-base-uncased"), train("org/no-such-model"))
+    sizes = ("--train_size", "80", "--test_size", "40", "--data_dir")
+    prepare = ("data_prep", "--dataset", "sst2", *sizes, str(data_dir))
+    wanted = train("google-bert/bert-base-uncased", "--revision", REVISION)
+    others = [train("google-bert/bert-base-uncased", "--revision", "v9"), train("org/pickled")]
+    done = run(hub.server_port, prepare, wanted, *others, train("org/no-such-model"))
     manifest = json.loads((data_dir / "sst2" / "manifest.json").read_text())
     assert manifest["source"] == {"hub": "stanfordnlp/sst2", "revision": REVISION}
     (path,) = outputs.glob("runs/*/result.json")
     assert path.parent.name.startswith("bert-base-uncased@") and f"done: {path.parent}" in done.stdout
     model = json.loads(path.read_text())["model"]
     assert (model["name"], model["revision"]) == ("google-bert/bert-base-uncased", REVISION)
-    assert "unknown model 'org/no-such-model'" in done.stderr and done.stdout.endswith("train ends with 2\n")
+    assert "unknown model 'org/no-such-model'" in done.stderr and done.stdout.count("train ends with 2\n") == 3
+    assert "google-bert/bert-base-uncased has no --revision v9: give one of its branches" in done.stderr
+    assert (
+        "'org/pickled' has no model.safetensors, and pickled weights are never loaded: give --revision" in done.stderr
+    )
 
-    again = run(9, train("bert-base-uncased"), train("distilbert-base-uncased"))  # nothing listens at this port
+    again = run(9, train("bert-base-uncased", "--revision", REVISION), train("distilbert-base-uncased"))  # nothing listens at this port
     assert f"was there already: {path.parent}" in again.stdout
     assert "bert-base-uncased is read from the cache" in again.stderr
     assert "'distilbert-base-uncased' is not on this machine and the hub cannot be reached" in again.stderr
+
+    # rows, too: a cache of `datasets` serves a set that is prepared elsewhere, with its revision
+    for number, offline in enumerate(({}, {"HF_HUB_OFFLINE": "1"})):
+        elsewhere = tmp_path / f"elsewhere {number}"
+        again = run(9, ("data_prep", "--dataset", "sst2", *sizes, str(elsewhere)), **offline)
+        line, *more = again.stderr.splitlines()
+        assert line.endswith(f"stanfordnlp/sst2 is read from the cache, revision {REVISION}") and more == []
+        assert json.loads((elsewhere / "sst2" / "manifest.json").read_text()) == manifest
+        again = run(9, ("data_prep", "--dataset", "rte", "--data_dir", str(elsewhere)), **offline)
+        (line,) = again.stderr.splitlines()
+        assert "nyu-mll/glue cannot be read from the hub or its cache (connect, or copy its parquet files" in line
+        assert again.stdout.endswith("data_prep ends with 2\n")

@@ -34,30 +34,32 @@ def films(rows: int, first: int = 0) -> pd.DataFrame:
 
 
 def rows_of(data: datasets.Dataset) -> list[tuple]:
-    """In no order, with the classes' names."""
+    """In the order of the user's file, with the classes' names."""
     names = data.features["label"].names
-    return sorted(tuple({**row, "label": names[row["label"]]}.values()) for row in data)
+    rows = sorted(data, key=lambda row: row.pop("source_row"))
+    return [tuple({**row, "label": names[row["label"]]}.values()) for row in rows]
 
 
-# Each format, its rows in another order, gives the rows that were written, and so the same fingerprint. Columns that
-# are not asked for may hold anything.
+# Each format, its rows in another order, gives the rows that were written, and `source_row` says where each stood; the
+# test rows stay in their order. Columns that are not asked for may hold anything.
 def test_formats(tmp_path: Path) -> None:
     frame = pd.DataFrame({"note": None, "label": [(10, 2, -1)[i % 3] for i in range(9)], "text": TEXTS})
-    fingerprints = set()
+    splits = []
     for seed, kind in enumerate(WRITE):
         parts = {"train": frame.sample(frac=1, random_state=seed), "test": frame[:6]}
         folder, data_dir = write(tmp_path / kind / "mydata", kind, **parts), tmp_path / f"{kind} data"
         manifest = data_prep.prepare(str(folder), data_dir=data_dir)
         data = data_prep.load("mydata", data_dir)
         assert data["train"].features["label"].names == ["-1", "2", "10"]
-        for split, part in (("train", frame), ("test", frame[:6])):
-            assert rows_of(data[split]) == sorted(zip(part["text"], part["label"].map(str), strict=True))
+        for split, part in parts.items():
+            assert rows_of(data[split]) == list(zip(part["text"], part["label"].map(str), strict=True))
+        assert data["test"]["source_row"][:] == list(range(6))
         assert manifest["rows_per_class"] == {"train": {"-1": 3, "2": 3, "10": 3}, "test": {"-1": 2, "2": 2, "10": 2}}
         assert manifest["dropped"]["shared_texts_kept"] == 6
         hashes = {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
         assert manifest["source"] == {"folder": "mydata", "files": hashes}
-        fingerprints.add(manifest["fingerprint"])
-    assert len(fingerprints) == 1
+        splits.append((data["train"]["text"][:], data["test"]["text"][:]))
+    assert splits[0] == splits[1] == splits[2] == splits[3]
 
 
 @pytest.mark.parametrize("kind", WRITE)
@@ -66,8 +68,8 @@ def test_pairs(kind: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "pairs", kind, train=frame, test=frame[:3])
     data_prep.prepare(str(folder), data_dir=tmp_path / "data")
     data = data_prep.load("pairs", tmp_path / "data")
-    assert data["train"].column_names == ["sentence1", "sentence2", "label"]
-    assert rows_of(data["train"]) == sorted(zip(TEXTS[::-1], TEXTS, frame["label"], strict=True))
+    assert data["train"].column_names == ["sentence1", "sentence2", "label", "source_row"]
+    assert rows_of(data["train"]) == list(zip(TEXTS[::-1], TEXTS, frame["label"], strict=True))
 
 
 # Numbers in their order, whether a file has them as numbers or as text; else the alphabet.
@@ -95,16 +97,19 @@ def test_sizes_and_shared_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     data_prep.prepare("bbc_news", train_size=20, test_size=10, data_dir=tmp_path / "data")
 
     def output_of(*flags: str) -> str:
-        where = ["--dataset", str(folder), "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path)]
+        where = ["--dataset", str(folder), "--data_dir", str(tmp_path / "data")]
         monkeypatch.setattr(sys, "argv", ["data_prep.py", *where, *flags])
         data_prep.main()
         return capsys.readouterr().out
 
     shared = "10 texts shared by train and test"
-    assert f"a set: 40 train and 30 test rows, 2 classes, 0 duplicates dropped, {shared} kept, fing" in output_of()
-    table = pd.read_csv(tmp_path / "table2.csv")
+    assert (
+        f"a set: 40 train and 30 test rows, 2 classes, 0 duplicates dropped and 2 kept, {shared} kept, fing"
+        in output_of()
+    )
+    table = pd.read_csv(tmp_path / "data" / "table2.csv")
     assert table["dataset"].tolist() == ["bbc_news", "a set"] and table["shared_texts_kept"].tolist() == [0, 10]
-    assert f"28 train and 30 test rows, 2 classes, 2 duplicates dropped, {shared} left out" in output_of(
+    assert f"28 train and 30 test rows, 2 classes, 2 duplicates dropped and 0 kept, {shared} left out" in output_of(
         "--train_size", "28"
     )
     data = data_prep.load("a set", tmp_path / "data")
@@ -131,9 +136,21 @@ GOOD = b"text,label\na,x\nb,y\nc,x\n"
         ({"train.csv": b"text,sentence1,sentence2,label\na,b,c,x\n"}, "not both"),
         ({"train.csv": b"sentence1,sentence2,label\na,b,x\nc,d,y\n"}, "test: column 'sentence1' is missing"),
         ({"train.csv": "text,label\né,x\n".encode("latin-1")}, "cannot be read as csv: 'utf-8' codec can't decode"),
-        ({"train.csv": b"text,label\nb,y\nhello, world,x\n"}, "line 3 has 3 cells and the header has 2"),
-        ({"train.csv": b"text,label\nb\n"}, "line 2 has 1 cells"),
-        ({"train.csv": b'text,label\n"a,x\nb,y\n'}, "unexpected end of data"),
+        ({"train.csv": b"text,label\nb,y\nhello, world,x\n"}, "line 3: there are 3 cells and the header has 2"),
+        ({"train.csv": b"text,label\nb\n"}, "line 2: there are 1 cells"),
+        ({"train.csv": b'text,label\n"a,x\nb,y\n'}, "line 2: unexpected end of data (put a cell"),
+        ({"train.csv": b'text,label\nb,y\n"a,x\nc"",y\nd",x\n'}, "line 3: a quoted cell holds a separator and a line"),
+        ({"train.csv": b'text,label\nb,y\na "quote,x\n"c, d\re",x\n'}, "line 4: a quoted cell holds a separator"),
+        (
+            {"train.csv": None, "train.tsv": b'text\tlabel\n"a\tx\nb"\ty\n'},
+            "a quoted cell holds a separator and a line",
+        ),
+        ({"train.csv": b'text,label\n"a" b,x\nc,y\n'}, "line 2: ',' expected after '\"'"),
+        ({"train.csv": b"text,label\na\0b,x\nc,y\n"}, "NUL"),
+        ({"test.csv": b"text,label\na,x\nb,-1\n"}, "'-1' (GLUE's mark of rows without a label)"),
+        ({"train.csv": b"text,label\na,nan\nb,y\n"}, "1 rows have no label"),
+        ({"train.csv": b"text,label\na,1.0\nb,0\n"}, "a label that is a decimal number (regression is not supported"),
+        ({"train.csv": b"text,label\na,3.25\nb,4e-1\n"}, "2 rows have a label that is a decimal number"),
         ({"train.csv": b"text,label\na,x\nb, \n"}, "1 rows have no label (the first is row 1)"),
         ({"train.csv": b"text,label\na,x\n ,y\n,y\n"}, "2 rows have an empty text (the first is row 1)"),
         ({"train.csv": b"text,label\na,x\nb,x\n"}, "the label 'x': there must be two classes at least"),
@@ -145,9 +162,13 @@ GOOD = b"text,label\na,x\nb,y\nc,x\n"
         ({"test.csv": None, "test.jsonl": b'{"text": 5, "label": "x"}\n'}, "a text that is not text"),
         ({"test.csv": None, "test.jsonl": b'{"text": "\\ud83d", "label": "x"}\n'}, "a text that is not text"),
         ({"test.csv": None, "test.jsonl": b'{"text": "a", "label": null}\n'}, "1 rows have no label"),
-        ({"test.csv": None, "test.jsonl": b'{"text": "a", "label": 0.5}\n'}, "neither an integer nor a text"),
+        ({"test.csv": None, "test.jsonl": b'{"text": "a", "label": 0.5}\n'}, "a label that is a decimal number"),
+        ({"test.csv": None, "test.jsonl": b'{"text": "a", "label": [1]}\n'}, "neither an integer nor a text"),
         ({"test.csv": None, "test.parquet": b"PAR1 and nothing PAR1"}, "test.parquet: it cannot be read as parquet"),
-        ({"test.csv": None, "test.parquet": BYTES}, "2 rows have a text that is not text (the first is row 0)"),
+        (
+            {"test.csv": None, "test.parquet": BYTES},
+            "2 rows have a text that is not text, or has a NUL (the first is row 0)",
+        ),
         ({"test.csv": None, "test.parquet": NO_LABEL}, "1 rows have no label (the first is row 1)"),
     ],
 )
@@ -174,7 +195,8 @@ def refused(
 ) -> str:
     """The one line with which the script ends, having written nothing; its first flags are data sets."""
     before = sorted(tmp_path.rglob("*"))
-    where = ["--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "outputs")]
+    where = ["--data_dir", str(tmp_path / "data")]
+    where += ["--output_dir", str(tmp_path / "outputs")] if script is not data_prep else []
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--dataset", *flags, *where])
     with pytest.raises(SystemExit) as exit_info:
         script.main()
