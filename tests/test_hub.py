@@ -145,7 +145,8 @@ def test_with_a_hub_and_then_without(hub: ThreadingHTTPServer, tmp_path: Path) -
         "'org/pickled' has no model.safetensors, and pickled weights are never loaded: give --revision" in done.stderr
     )
 
-    again = run(9, train("bert-base-uncased", "--revision", REVISION), train("distilbert-base-uncased"))  # nothing listens at this port
+    # nothing listens at port 9
+    again = run(9, train("bert-base-uncased", "--revision", REVISION), train("distilbert-base-uncased"))
     assert f"was there already: {path.parent}" in again.stdout
     assert "bert-base-uncased is read from the cache" in again.stderr
     assert "'distilbert-base-uncased' is not on this machine and the hub cannot be reached" in again.stderr

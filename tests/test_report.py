@@ -266,7 +266,7 @@ def test_two_output_folders_side_by_side(
     opened: Callable,
 ) -> None:
     other = tmp_path / "other"
-    axes = {"dataset": ("rte",), "model": ("distilbert-base-uncased",), "learning_rate": (2e-5,)}
+    axes = {"dataset": ("rte",), "model": ("distilbert-base-uncased",), "learning_rate": (5e-5,)}
     runs = grid.expand(paper.PRESETS["table5"], axes, {"num_train_epochs": 3.0, "output_dir": str(other)})
     page.write_runs(runs, noise=3, rows=20_000, classes=2, epochs=2)
     run_script(aggregate, monkeypatch, "--output_dir", other)
@@ -277,6 +277,7 @@ def test_two_output_folders_side_by_side(
     apart = tab.locator("#tables .map").nth(2).locator("td button").all_inner_texts()
     assert sorted(apart) == sorted(f"{one - two:+.2f}" for one, two in zip(both["f1_x"], both["f1_y"], strict=True))
     assert len(apart) == 4 and "my outputs" in tab.locator("#tables .map h4").nth(1).inner_text()
+    assert "learning_rate (5e-05 here, 2e-05 there); " in tab.locator("header").inner_text()
     assert re.search(r"num_train_epochs \(3(\.0)? here, 10(\.0)? there\)", tab.locator("header").inner_text())
     for folder, words in ((other, "is the output folder itself"), (tmp_path / "none", "holds no runs")):
         with pytest.raises(SystemExit):
