@@ -193,9 +193,7 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
     cells["table"] = pd.array(tables, dtype="str")
     columns = ["f1", "f1_std", "cross_fitted", "selection_bias", "seeds"]
     columns += ["learning_rate", "learning_rates_tried", "lr_at_grid_edge"]
-    return cells[
-        ["table", *CELL, *columns, "collapsed", "collapsed_runs", "constant_f1", "floor", "layers", "runs"]
-    ]
+    return cells[["table", *CELL, *columns, "collapsed", "collapsed_runs", "constant_f1", "floor", "layers", "runs"]]
 
 
 def read_csv(path: Path) -> pd.DataFrame:
