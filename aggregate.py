@@ -29,7 +29,7 @@ import data_sources
 import run_dir
 import stats
 from common import InputError, atomic_write, make_parser, one_line
-from config import NEUTRAL_VALUES
+from config import FIELDS, NEUTRAL_VALUES, RunConfig
 from paper import CLAIMS, DATASETS, LAYERS, MODELS, TABLES, dataset_title, model_title, published_cells, table_of
 
 CELL = ["model", "variant", "side", "percent", "dataset", "pooling", "tuning"]
@@ -137,6 +137,7 @@ def result_row(result: dict) -> dict:
     """A run's row, from its result.json. Raises what is in UNREADABLE if a field is missing or makes no sense."""
     check_form(result, FORM, "result")
     settings, corruption = result["settings"], result["corruption"]
+    RunConfig(**{name: settings[name] for name in FIELDS if name in settings})  # refuses what no run can be
     for name, neutral in NEUTRAL_VALUES.items():
         value, number = settings.get(name, neutral), isinstance(neutral, NUMBER) and not isinstance(neutral, bool)
         if neutral is not None and type(value) not in ((int, float) if number else (type(neutral),)):

@@ -73,7 +73,7 @@ def make_panels(cells: pd.DataFrame, legend: int) -> tuple[Figure, list[tuple[Ax
     """A figure as wide as a column, with one panel for each model (and variant) below the other."""
     of_models = [group for _, group in groups(cells, "model", "variant")]
     figure = Figure(figsize=(COLUMN, 1.75 * len(of_models) + 0.12 * legend + 0.2), layout="constrained")
-    panels = figure.subplots(len(of_models), 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(of_models), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for panel, group in zip(panels, of_models, strict=True):
         first = group.iloc[0]
         panel.set_title(f"{describe_model(first)}, {dataset_title(first['dataset'])}", loc="left")

@@ -669,8 +669,30 @@ ODD = {
     **{"commit": 7, "files": [], "accuracy": True, "corruption layers": {}, "settings dataset": ["sst2"]},
 }
 BAD |= {f"odd {keys}": (put(*keys.split(), value=value), "") for keys, value in ODD.items()}
-for name, value in {"large": 10**400, "a fraction": 1.5, "large enough": 10**30, "true": True}.items():
-    BAD[f"seed {name}"] = put("settings", "seed", value=value), ""
+BAD["epochs true"] = put("epochs", value=True), ""
+
+
+def renamed(**values: object) -> Callable[[Path], None]:
+    """Other settings, under a right digest and the folder's name that they give."""
+
+    def harm(run: Path) -> None:
+        for name, value in values.items():
+            put("settings", name, value=value)(run)
+        run.rename(run.with_name(run_name(json.loads((run / "result.json").read_text())["settings"])))
+
+    return harm
+
+
+for values in (
+    *({"seed": seed} for seed in (10**400, 10**30, 1.5, True, "0", -1)),
+    *({"side": side} for side in ("middle", "top", "all", "")),
+    *({"percent": percent} for percent in (50.0, 200.0, -1.0, True, float("nan"))),
+    *({"learning_rate": rate} for rate in (True, float("inf"), -1.0)),
+    *({"pooling": pooling} for pooling in (7, ["cls"])),
+    {"tuning": 3, "model": "another"},
+    {"dataset": 5},
+):
+    BAD[f"renamed {str(values)[:40]}"] = renamed(**values), ""
 
 
 # Named in one line and left out of the numbers; the rest is there.
@@ -682,7 +704,7 @@ def test_bad_runs(bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     harm(run)
     said = run_main(tmp_path, monkeypatch)
     assert isinstance(said, str) and said.count("\n") == 0 and reason in said and "Traceback" not in said, said
-    assert said.startswith(f"{run.parent}/") and (f"{run.name} is left out: " in said or bad == "failure cut off")
+    assert said.startswith(f"{run.parent}/") and (" is left out: " in said or bad == "failure cut off")
     rows = pd.read_csv(tmp_path / "results.csv")
     assert rows["dataset"].tolist() == (["imdb", "sst2"] if bad == "failure cut off" else ["sst2"])
     assert rows["f1"].tolist()[-1] == pytest.approx(92) and "Traceback" not in capsys.readouterr().err

@@ -217,7 +217,9 @@ def test_duplicates_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     spec = replace(DATASETS["emotion"], train_from={"train": 160, "validation": 20}, train_size=140, test_size=40)
     monkeypatch.setitem(DATASETS, "emotion", spec)
     rows = [(f"text {i}", i % 6) for i in range(180)]
-    for first, second in ((1, 170), (2, 3), (2, 4)):  # 1 in both splits, 2 three times, once with another label
+    pairs = [(1, 170), (2, 3), (2, 4)]  # 1 in both splits, 2 three times with other labels
+    pairs += [(row, row + 6) for row in range(0, 120, 12)]  # and 20 of the 30 rows of class 0
+    for first, second in pairs:
         rows[second] = (rows[first][0] + " ", rows[second][1])
     for split, part in (("train", rows[:160]), ("validation", rows[160:])):
         write_split(tmp_path / "source" / "emotion", split, part, ("text", "label"))
@@ -229,7 +231,7 @@ def test_duplicates_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not {text.strip() for text, _ in parts["train"]} & {text.strip() for text, _ in parts["test"]}
     for part in data.values():
         assert [rows[row] for row in part["source_row"]] == list(zip(part["text"], part["label"], strict=True))
-    assert manifest["dropped"]["duplicate_texts_kept"] == 3 and manifest["dropped"]["duplicate_texts"] == 0
+    assert manifest["dropped"]["duplicate_texts_kept"] == 13 and manifest["dropped"]["duplicate_texts"] == 0
     whole = Counter(label for _, label in rows)
     assert all(abs(Counter(data["test"]["label"])[label] - 40 * whole[label] / 180) < 1 for label in range(6))
 
