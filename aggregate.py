@@ -37,7 +37,6 @@ RUN = [*CELL, "learning_rate", "seed"]
 ACROSS = r"(0|100)%"  # the corruption in rows that have one number for bottom and top
 PLACE = ["table", "model", "percent", "side", "dataset"]  # a cell of a paper table
 KNOWN = {"table": TABLES, "model": MODELS, "dataset": DATASETS}  # columns that have an order in paper.py
-LAYERS_OF = "(1-3): the layers, counted from the bottom, or from the top where the top is corrupted"
 NUMBER, COUNTS = int | float, {"any": int}
 # What is read of a result.json, and its type.
 FORM = {
@@ -257,17 +256,9 @@ def count_missing(table: pd.DataFrame) -> int:
 def markdown(cells: pd.DataFrame) -> str:
     """One table in Markdown; a dagger stands for red."""
     table = paper_table(cells, format_cells(cells, "**{}**", "{}†"))
-    text = (
-        table.rename(columns=escape)
-        .assign(model=table["model"].map(escape))
-        .to_markdown(index=False, disable_numparse=True)
-    )
-    red = "† collapsed: at least 99 % of the predictions are one class, in one run of the cell or more"
-    return "\n\n".join([text, LAYERS_OF, *([red] if cells["collapsed"].any() else [])]) + "\n"
-
-
-def escape(name: str) -> str:
-    return name.replace("|", r"\|")
+    legend = "\n\n† collapsed: at least 99 % of the predictions are one class, in one run of the cell or more"
+    text = table.replace(r"\|", r"\|", regex=True).to_markdown(index=False, disable_numparse=True)
+    return f"{text}{legend if cells['collapsed'].any() else ''}\n"
 
 
 def latex(cells: pd.DataFrame) -> str:
@@ -289,7 +280,7 @@ def latex(cells: pd.DataFrame) -> str:
         needs += (
             "% and xelatex or lualatex, with \\usepackage{fontspec} and a \\setmainfont that has all of the names\n"
         )
-    needs += f"% red: a run with 99 % of one class; {LAYERS_OF}\n"
+    needs += "% red: a run with 99 % of one class\n"
     fit = "}\\ifdim\\wd0>\\linewidth\\resizebox{\\linewidth}{!}{\\usebox0}\\else\\usebox0\\fi\n"
     return f"{needs}\\noindent\\sbox0{{%\n{text}{fit}"
 
