@@ -101,7 +101,7 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
             row, other = result_row(result), other_settings(result)
             epochs, by_epoch = run_dir.read_evidence(folder, result)
             best = by_epoch[f"epoch_{epochs['weighted_f1'].idxmax() + 1}"]
-            frame = by_epoch[["row", "label"]].astype({"row": "int32"}).assign(prediction=best)
+            frame = by_epoch.filter(["row", "label", "group"]).assign(prediction=best)
             row |= stats.picked_on_halves(epochs) | stats.collapse_stats(frame) | {"run": run}
         except run_dir.UNREADABLE as error:
             problems.append(f"{folder} is left out: {why(error)}; delete the folder and do the run again")

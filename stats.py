@@ -146,14 +146,16 @@ def weighted_f1(counts: np.ndarray, labels: np.ndarray, runs: np.ndarray) -> np.
 def compare_paired(bottom: list[pd.DataFrame], top: list[pd.DataFrame]) -> dict[str, float]:
     """COMPARED, from each seed's predictions on the same test rows; `difference` is top - bottom.
 
-    `low` and `high` are the percentile bootstrap's 95 % interval over test rows. Rows with the same label and
-    predictions are exchangeable: to draw how often each such pattern occurs is to draw rows. With several seeds, F1 is
+    `low` and `high` are the percentile bootstrap's 95 % interval over test rows, or over groups of rows where rows
+    belong together. Rows with the same label and predictions are exchangeable: to draw how often each such pattern
+    occurs is to draw rows. With several seeds, F1 is
     averaged over them on the same drawn rows, and the counts of rows that only one side predicts correctly are added:
     McNemar's exact two-sided p then takes the seeds as independent, and is too small where they are not.
     """
     labels = bottom[0]["label"].to_numpy()
     guesses = [frame["prediction"].to_numpy() for frame in bottom + top]
-    patterns, counts = np.unique(np.column_stack([labels, *guesses]), axis=0, return_counts=True)
+    rows, groups = np.column_stack([labels, *guesses]), bottom[0].get("group")
+    patterns, pattern_of, counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
     label, *sides = np.split(patterns.T, [1, 1 + len(bottom)])
     label, random = label[0], np.random.default_rng(0)
 
@@ -162,6 +164,10 @@ def compare_paired(bottom: list[pd.DataFrame], top: list[pd.DataFrame]) -> dict[
 
     f1_bottom, f1_top = (mean.item() for mean in f1(counts[None]))
     samples = (random.multinomial(len(labels), counts / len(labels), size=500) for _ in range(RESAMPLES // 500))
+    if groups is not None:
+        inside = pd.crosstab(groups.to_numpy(), pattern_of.ravel()).to_numpy()  # how often, in each group
+        share = np.full(len(inside), 1 / len(inside))
+        samples = (random.multinomial(len(inside), share, size=500) @ inside for _ in range(RESAMPLES // 500))
     low, high = np.quantile(np.concatenate([top - bottom for bottom, top in map(f1, samples)]), [0.025, 0.975])
     correct = [side == label for side in sides]
     only_bottom, only_top = (int((one & ~other).sum(0) @ counts) for one, other in (correct, correct[::-1]))

@@ -484,6 +484,27 @@ def test_bottom_against_top(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(table, again)
 
 
+# Rows of a group are drawn together: against a bootstrap that draws groups, row by row, and is wider than one of rows.
+def test_groups_are_drawn_whole() -> None:
+    random = np.random.default_rng(3)
+    group = np.repeat(np.arange(40), 10)
+    labels = random.integers(0, 2, 400)
+    wrong = {"bottom": (random.random(40) < 0.5)[group], "top": (random.random(40) < 0.3)[group]}
+    frames = {s: pd.DataFrame({"label": labels, "prediction": labels ^ wrong[s], "group": group}) for s in wrong}
+    pair = stats.compare_paired([frames["bottom"]], [frames["top"]])
+    drawn = []
+    for chosen in random.integers(0, 40, (2000, 40)):
+        rows = (chosen[:, None] * 10 + np.arange(10)).ravel()
+        f1 = [
+            f1_score(labels[rows], labels[rows] ^ wrong[side][rows], average="weighted") for side in ("top", "bottom")
+        ]
+        drawn.append(100 * (f1[0] - f1[1]))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert (pair["low"], pair["high"]) == (pytest.approx(low, abs=2), pytest.approx(high, abs=2))
+    rows = stats.compare_paired(*([frames[side].drop(columns="group")] for side in ("bottom", "top")))
+    assert pair["high"] - pair["low"] > 2 * (rows["high"] - rows["low"]) and pair["f1_top"] == rows["f1_top"]
+
+
 # The same predictions on both sides: no difference, and no discordant row to test.
 def test_bottom_equal_to_top(tmp_path: Path) -> None:
     for side in ("bottom", "top"):
