@@ -17,7 +17,6 @@ another version of this code did, is named on stderr and left out; the exit code
 
 import json
 import math
-import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +27,7 @@ from pandas.api.typing import DataFrameGroupBy
 import data_sources
 import run_dir
 import stats
-from common import InputError, atomic_write, make_parser, one_line
+from common import InputError, atomic_write, make_parser, one_line, run_script
 from config import FIELDS, NEUTRAL_VALUES, RunConfig
 from paper import CLAIMS, DATASETS, LAYERS, MODELS, TABLES, dataset_title, model_title, published_cells, table_of
 
@@ -403,5 +402,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    main()
+    run_script(main)

@@ -3,9 +3,10 @@
 import argparse
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cache
@@ -101,6 +102,12 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script that only prints and writes files: `| head` ends it quietly."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    main()
 
 
 def fail(error: BaseException) -> NoReturn:

@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
 import models
-from common import USER_ERRORS, InputError, explain, fail, fraction, make_parser
+from common import USER_ERRORS, InputError, explain, fail, fraction, make_parser, run_script
 
 SIDES = ("none", "bottom", "top")
 
@@ -300,4 +300,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,7 +30,17 @@ import numpy as np
 import pandas as pd
 
 import data_sources
-from common import USER_ERRORS, InputError, RunError, atomic_write, explain, file_lock, make_parser, one_line
+from common import (
+    USER_ERRORS,
+    InputError,
+    RunError,
+    atomic_write,
+    explain,
+    file_lock,
+    make_parser,
+    one_line,
+    run_script,
+)
 from data_sources import DATASETS, DEMO, HELP, DatasetSpec, Frames, is_text, own_source, read_source, refuse
 
 SPLIT_VERSION = 3  # raise it when the same source would give other rows: prepared sets are then made again
@@ -419,4 +429,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -36,7 +36,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits
 
 from aggregate import groups, read_csv
-from common import InputError, atomic_write, fail, fraction, make_parser, one_line
+from common import InputError, atomic_write, fail, fraction, make_parser, one_line, run_script
 from paper import dataset_title, model_name, model_title
 
 COLUMN = 3.3  # inches
@@ -334,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -35,7 +35,7 @@ from aggregate import (
     read_csv,
     read_failures,
 )
-from common import InputError, atomic_write, fail, make_parser, one_line
+from common import InputError, atomic_write, fail, make_parser, one_line, run_script
 from paper import CLAIMS, TABLES, dataset_title, model_title, published_cells
 
 COLUMNS = ["table", "model", "variant", "dataset"]  # a column of a table, for one model
@@ -278,4 +278,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

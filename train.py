@@ -194,8 +194,7 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
     folder = Path(wanted.data_dir) / "tokens" / f"{wanted.dataset}-{features.key_of(key)}"
     segments = models.segments(run.model_folder)
     tokens, order = features.tokenise(data, tokenizer, segments, wanted.max_length, folder)
-    test = data["test"].remove_columns([name for name in features.TEXTS if name in data["test"].column_names])
-    test = test.to_pandas().rename(columns={"source_row": "row"})
+    test = data["test"].to_pandas().rename(columns={"source_row": "row"}).filter(["row", "label", "group"])
     half = stats.split_halves(test["label"], test.get("group"))[order]
 
     labels = dict(enumerate(data["train"].features["label"].names))
