@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,12 @@ for script in ("train.py", "grid.py"):
     command, root = [sys.executable, "-c", run], Path(config.__file__).parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert [line for line in done.stderr.splitlines() if line.startswith("ends")] == [f"ends {code}"] * 2, done.stderr
+
+
+# A script whose reader goes away (`| head`) ends without a word.
+def test_a_reader_that_goes_away(small_data: Path) -> None:
+    command = [sys.executable, "data_prep.py", "--dataset", "bbc_news", "--train_size", "96", "--test_size", "50"]
+    root, pipes = Path(config.__file__).parent, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, "--data_dir", str(small_data)], cwd=root, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(120) == -signal.SIGPIPE
