@@ -16,7 +16,6 @@ another version of this code did, is named on stderr and left out; the exit code
 """
 
 import json
-import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,31 +35,6 @@ RUN = [*CELL, "learning_rate", "seed"]
 ACROSS = r"(0|100)%"  # the corruption in rows that have one number for bottom and top
 PLACE = ["table", "model", "percent", "side", "dataset"]  # a cell of a paper table
 KNOWN = {"table": TABLES, "model": MODELS, "dataset": DATASETS}  # columns that have an order in paper.py
-NUMBER, COUNTS = int | float, {"any": int}
-# What is read of a result.json, and its type.
-FORM = {
-    **dict.fromkeys(("weighted_f1", "accuracy", "best_epoch"), NUMBER),
-    "epochs": int,
-    "command": str,
-    "commit": str | None,
-    "finished": str,
-    "settings": {
-        **dict.fromkeys(
-            ("model", "model_fingerprint", "dataset", "data_fingerprint", "side", "pooling", "tuning"), str
-        ),
-        **{"percent": NUMBER, "learning_rate": NUMBER, "seed": int},
-    },
-    "model": {"revision": str | None},
-    "data": {
-        "request": dict.fromkeys(("train_size", "test_size", "seed"), int | None),
-        **{"dropped": COUNTS, "rows": {"train": int, "test": int}, "rows_per_class": {"train": COUNTS, "test": COUNTS}},
-    },
-    "corruption": {"num_layers": int, "layers": list},
-    "resumed_from": list,
-    "seconds": {"total": NUMBER},
-    "device": {"type": str, "name": str, "threads": int},
-    "versions": dict.fromkeys(("python", "torch", "transformers"), str),
-}
 
 
 def warn(line: str) -> None:
@@ -77,7 +51,6 @@ def read_failures(output_dir: Path) -> tuple[dict[str, str], list[str]]:
     for path in sorted(output_dir.glob("runs/*/failure.json")):
         try:
             reason = json.loads(path.read_text(encoding="utf-8"))["reason"]
-            check_form(reason, str, "reason")
             failures[path.parent.name] = " ".join(reason.split())
         except run_dir.UNREADABLE as error:
             problems.append(f"{path} cannot be read: {why(error)}; delete it")
@@ -89,7 +62,7 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
 
     F1, accuracy and shares are in percent; the rows are sorted, so that the order of the folders does not matter.
     """
-    rows, others, predictions, manifests, problems = {}, {}, {}, {}, []
+    rows, others, predictions, sets, problems = {}, {}, {}, {}, []
     for folder in sorted(output_dir.glob("runs/*/")):
         run = folder.name
         try:
@@ -102,50 +75,31 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
             best = by_epoch[f"epoch_{epochs['weighted_f1'].idxmax() + 1}"]
             frame = by_epoch.filter(["row", "label", "group"]).assign(prediction=best)
             row |= stats.picked_on_halves(epochs) | stats.collapse_stats(frame) | {"run": run}
+            data = {"dataset": row["dataset"], "fingerprint": row["data_fingerprint"]}
+            if (key := tuple(data.values())) not in sets:
+                sets[key] = data_sources.table2([result["data"] | data])
+            rows[run], others[run], predictions[run] = row, other, frame
         except run_dir.UNREADABLE as error:
             problems.append(f"{folder} is left out: {why(error)}; delete the folder and do the run again")
-            continue
-        rows[run], others[run], predictions[run] = row, other, frame
-        about = {name: row[name] for name in ("dataset", "data_fingerprint")}
-        names = ("dropped", "rows", "rows_per_class")
-        manifests[*about.values()] = {"dataset": row["dataset"], "fingerprint": row["data_fingerprint"]} | {
-            name: result["data"][name] for name in names
-        }
     if not rows:
         advice = f"{output_dir}/runs holds no result: run bash run_all.sh, or python train.py, first"
         raise InputError("\n".join([*problems, advice]))
     runs = pd.DataFrame(rows.values(), index=list(rows))
     runs.insert(1, "variant", variants(runs, pd.DataFrame(others.values(), index=list(others)).fillna("null")))
-    table2 = data_sources.table2(record for _, record in sorted(manifests.items()))
+    table2 = pd.concat([sets[key] for key in sorted(sets)])
     return runs.sort_values([*RUN, "run"], ignore_index=True), predictions, table2, problems
-
-
-def check_form(value: object, form: object, name: str) -> None:
-    """Raises ValueError, or KeyError, if a value that was read from JSON is not of this form, as in FORM."""
-    if isinstance(form, dict):
-        for key in value if form is COUNTS else form:
-            check_form(value[key], form.get(key, int), key)
-    elif not isinstance(value, form) or isinstance(value, bool) or (form is NUMBER and not math.isfinite(value)):
-        raise ValueError(f"its {name} cannot be {value!r:.40}")
-    elif isinstance(value, str):
-        value.encode()  # half of a surrogate pair cannot be written
 
 
 def result_row(result: dict) -> dict:
     """A run's row, from its result.json. Raises what is in UNREADABLE if a field is missing or makes no sense."""
-    check_form(result, FORM, "result")
-    settings, corruption = result["settings"], result["corruption"]
+    settings, kinds = result["settings"], {"percent": float, "learning_rate": float, "seed": int}
     RunConfig(**{name: settings[name] for name in FIELDS if name in settings})  # refuses what no run can be
-    for name, neutral in NEUTRAL_VALUES.items():
-        value, number = settings.get(name, neutral), isinstance(neutral, NUMBER) and not isinstance(neutral, bool)
-        if neutral is not None and type(value) not in ((int, float) if number else (type(neutral),)):
-            raise ValueError(f"its {name} cannot be {value!r:.40}")
-    side, percent, depth = settings["side"], settings["percent"], len(corruption["layers"])
-    sides = {0: ("none",), 100: ("all",)}.get(percent, ("bottom", "top"))
-    if side not in sides or not 0 <= percent <= 100 or depth != round(percent / 100 * corruption["num_layers"]):
-        raise ValueError(f"{depth} corrupted layers of {corruption['num_layers']} are not {side} {percent} %")
-    row = {name: settings[name] for name in RUN if name != "variant"}
-    row |= {"layers": depth, "f1": 100 * result["weighted_f1"], "accuracy": 100 * result["accuracy"]}
+    row = {name: kinds.get(name, str)(settings[name]) for name in RUN if name != "variant"}
+    row["layers"], of_layers = len(result["corruption"]["layers"]), result["corruption"]["num_layers"]
+    sides = {0: ("none",), 100: ("all",)}.get(row["percent"], ("bottom", "top"))
+    if row["side"] not in sides or row["layers"] != round(row["percent"] / 100 * of_layers):
+        raise ValueError(f"{row['layers']} of {of_layers} layers are not {row['side']} {row['percent']} %")
+    row |= {"f1": 100 * result["weighted_f1"], "accuracy": 100 * result["accuracy"]}
     row |= {name: result[name] for name in ("best_epoch", "epochs", "commit")}
     row |= {"seconds": round(result["seconds"]["total"], 1), "device": result["device"]["name"]}
     row |= {name: result["versions"][name] for name in ("torch", "transformers")}
@@ -334,9 +288,8 @@ def missing_lines(output_dir: Path, runs: pd.Series, cells: pd.DataFrame) -> lis
     try:
         asked = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         for command, names in asked.items():
-            wanted = {name: check_form(name, str, "run") for name in names}
-            if missing := len(wanted.keys() - set(runs)):
-                lines.append(f'{missing} of {len(wanted)} runs of "{" ".join(command.split())}" are missing')
+            if missing := len(set(names) - set(runs)):
+                lines.append(f'{missing} of {len(names)} runs of "{" ".join(command.split())}" are missing')
     except run_dir.UNREADABLE as error:
         raise InputError(f"{path} cannot be read: {why(error)}; delete it, and do the grid's command again") from error
     if cells["model"].isin(LAYERS).any():

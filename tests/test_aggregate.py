@@ -677,7 +677,7 @@ BAD = {
     "another score, signed": (lambda run: (other_score(run), sign(run)), "not those of its predictions"),
     "another F1": (put("weighted_f1", value=0.9912), "not those of its predictions"),
     "other labels": (put("data", "rows_per_class", "test", value={"class 0": 21, "class 1": 19}), "test rows"),
-    "other layers": (put("corruption", "layers", value=[1]), "1 corrupted layers of 12 are not none 0.0 %"),
+    "other layers": (put("corruption", "layers", value=[1]), "1 of 12 layers are not none 0.0 %"),
     "failure cut off": (lambda run: (run / "failure.json").write_text("{"), "failure.json"),
 }
 for keys in ("weighted_f1", "settings", "epochs", "files", "data", "seconds", "settings model"):
@@ -686,11 +686,10 @@ ODD = {
     **{"settings percent": "50", "settings learning_rate": "x", "settings model": None, "settings side": "middle"},
     **{"settings seed": [0], "settings pooling": {}, "settings warmup_steps": deep, "settings weight_decay": "much"},
     **{"settings num_train_epochs": "ten", "settings tuning": True, "epochs": "1", "weighted_f1": float("nan")},
-    **{"best_epoch": float("inf"), "seconds total": "long", "data rows": deep, "versions torch": 2, "device": "cpu"},
-    **{"commit": 7, "files": [], "accuracy": True, "corruption layers": {}, "settings dataset": ["sst2"]},
+    **{"best_epoch": float("inf"), "seconds total": "long", "data rows": deep, "device": "cpu"},
+    **{"files": [], "accuracy": True, "settings dataset": ["sst2"]},
 }
 BAD |= {f"odd {keys}": (put(*keys.split(), value=value), "") for keys, value in ODD.items()}
-BAD["epochs true"] = put("epochs", value=True), ""
 
 
 def renamed(**values: object) -> Callable[[Path], None]:
@@ -705,13 +704,11 @@ def renamed(**values: object) -> Callable[[Path], None]:
 
 
 for values in (
-    *({"seed": seed} for seed in (10**400, 10**30, 1.5, True, "0", -1)),
-    *({"side": side} for side in ("middle", "top", "all", "")),
-    *({"percent": percent} for percent in (50.0, 200.0, -1.0, True, float("nan"))),
-    *({"learning_rate": rate} for rate in (True, float("inf"), -1.0)),
-    *({"pooling": pooling} for pooling in (7, ["cls"])),
-    {"tuning": 3, "model": "another"},
-    {"dataset": 5},
+    *({"seed": seed} for seed in (10**400, 10**30, "0", -1, None)),
+    *({"side": side} for side in ("middle", "top", "all", "", 0)),
+    *({"percent": percent} for percent in (50.0, 200.0, -1.0, float("nan"))),
+    *({"learning_rate": rate} for rate in (float("inf"), -1.0)),
+    {"max_steps": 0},
 ):
     BAD[f"renamed {str(values)[:40]}"] = renamed(**values), ""
 
