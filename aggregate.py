@@ -103,7 +103,9 @@ def result_row(result: dict) -> dict:
     row |= {name: result[name] for name in ("best_epoch", "epochs", "commit")}
     row |= {"seconds": round(result["seconds"]["total"], 1), "device": result["device"]["name"]}
     row |= {name: result["versions"][name] for name in ("torch", "transformers")}
-    return row | {name: settings[name] for name in ("model_fingerprint", "data_fingerprint")}
+    row |= {name: settings[name] for name in ("model_fingerprint", "data_fingerprint")}
+    " ".join(map(str, row.values())).encode()  # raises ValueError for what no CSV can hold, half of a surrogate pair
+    return row
 
 
 def other_settings(result: dict) -> dict[str, str]:
@@ -225,6 +227,8 @@ def latex(cells: pd.DataFrame) -> str:
     style = table.style.format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
     form = {"column_format": "ll" + "c" * table.shape[1], "multicol_align": "c", "multirow_align": "naive"}
     text = style.to_latex(**form, hrules=True, clines="skip-last;data")
+    for sign, name in (("|", "bar"), ("<", "less"), (">", "greater")):  # in TeX's own fonts they are others
+        text = text.replace(sign, rf"\text{name}{{}}")
     rule = f"\\cline{{1-{2 + table.shape[1]}}}\n"
     text = text.replace(rule + r"\bottomrule", r"\bottomrule").replace(rule, "\\midrule\n").replace(" & @", "")
     text = text.replace(" &  & Bottom", "Model & Corruption & Bottom", 1)

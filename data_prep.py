@@ -41,7 +41,7 @@ from common import (
     one_line,
     run_script,
 )
-from data_sources import DATASETS, DEMO, HELP, DatasetSpec, Frames, is_text, own_source, read_source, refuse
+from data_sources import DATASETS, DEMO, HELP, DatasetSpec, Frames, doubts, is_text, own_source, read_source, refuse
 
 SPLIT_VERSION = 3  # raise it when the same source would give other rows: prepared sets are then made again
 
@@ -269,9 +269,8 @@ def prepare(
         if same and stored["source"] == origin:
             return stored
         rows, dropped = split(parts, spec, {"train": train_size, "test": test_size}, seed)
-    if doubtful := [label for label in spec.label_names if folder and label.lower() in data_sources.DOUBTFUL]:
-        advice = "leave rows without a label out, if it stands for them"
-        print(f"{name}: {', '.join(doubtful)} counts as a class: {advice}", file=sys.stderr)
+    for doubt in doubts(spec.label_names):
+        print(f"{name}: {doubt}", file=sys.stderr)
     numbers = {name: datasets.Value("int64") for name in ("source_row", "group") if name in rows["test"]}
     features = {column: datasets.Value("string") for _, column in spec.columns}
     features = datasets.Features(features, label=datasets.ClassLabel(names=list(spec.label_names)), **numbers)

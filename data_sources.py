@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
+from unicodedata import normalize
 
 import pandas as pd
 import pyarrow as pa
@@ -215,7 +217,7 @@ FORMATS = {
     ".parquet": lambda content: pd.read_parquet(io.BytesIO(content)).astype(object),
 }
 INTEGER = re.compile("[+-]?[0-9]{1,1000}")
-DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*|(?=e))|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)
+DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*|(?=e[+-]))|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)
 NO_LABEL = ("", "nan", "<na>")  # how a label that is missing stands in a file
 DOUBTFUL = ("-1", "none", "null", "na", "n/a")  # it may stand for a missing label, or be a class
 OWN_COLUMNS = "text and label, or sentence1, sentence2 and label"
@@ -264,6 +266,9 @@ def read_own(folder: Path) -> tuple[DatasetSpec, Frames, dict]:
     labels = frames["train"]["label"].unique()
     integers = all(map(INTEGER.fullmatch, labels))
     classes = sorted(labels, key=lambda label: (int(label) if integers else 0, label))
+    for first, second in pairwise(classes):
+        if integers and int(first) == int(second):
+            raise InputError(f"train has one class written in two ways, {first!r} and {second!r}: write it one way")
     if len(classes) < 2:
         raise InputError(f"every row of train has the label {classes[0]!r}: there must be two classes at least")
     labels = frames["test"]["label"]
@@ -275,6 +280,16 @@ def read_own(folder: Path) -> tuple[DatasetSpec, Frames, dict]:
         frame["label"] = pd.Categorical(frame["label"], classes).codes
     spec = DatasetSpec("", tuple(classes), *sizes, columns=DatasetSpec.columns if "text" in frames["train"] else PAIR)
     return spec, frames, origin
+
+
+def doubts(classes: tuple[str, ...]) -> list[str]:
+    """What a user may not have meant by these classes."""
+    alike = [normalize("NFKC", label).casefold() for label in classes]
+    found = {
+        "may stand for rows without a label": [label for label in classes if label.lower() in DOUBTFUL],
+        "look alike": [label for label, key in zip(classes, alike, strict=True) if alike.count(key) > 1],
+    }
+    return [f"counted as classes, though they {doubt}: {', '.join(some)}" for doubt, some in found.items() if some]
 
 
 def read_source(name: str, folder: Path | None, source: str) -> tuple[DatasetSpec, Frames, dict]:

@@ -17,7 +17,7 @@ where there are fewer than 91), random state 0 and one thread, so that a machine
 t-SNE neither the size of a cluster nor the distance between two means anything: compare panels by the numbers.
 """
 
-import json
+import re
 from contextlib import ExitStack
 from io import StringIO
 from pathlib import Path
@@ -35,6 +35,7 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits
 
+import run_dir
 from aggregate import groups, read_csv
 from common import InputError, atomic_write, fail, fraction, make_parser, one_line, run_script
 from paper import dataset_title, model_name, model_title
@@ -131,7 +132,7 @@ def draw_fraction(cells: pd.DataFrame, name: str) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> Markup:
+def save(figure: Figure, path: Path) -> str:
     """Write the figure as path.png and path.pdf; returns it as SVG, in the colours of the page."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not for each file
@@ -143,7 +144,7 @@ def save(figure: Figure, path: Path) -> Markup:
     svg = "<svg" + text.getvalue().partition("<svg")[2]
     for colour, variable in THEME.items():
         svg = svg.replace(colour, variable)
-    return Markup(svg)
+    return svg
 
 
 @rc_context(STYLE)
@@ -154,6 +155,7 @@ def draw_all(both: pd.DataFrame, epochs: dict[str, pd.DataFrame], name: str, fol
         for kind, figure in (("fraction", draw_fraction(cells, name)), ("epochs", draw_epochs(cells, epochs))):
             stem = f"table{table}_{dataset}_{kind}"
             svg = save(figure, folder / stem)
+            svg = Markup(re.sub(r'\bid="|href="#|url\(#', rf"\g<0>f{len(figures)}-", svg))  # ids that no other has
             figures.append({"table": table, "dataset": dataset, "kind": kind, "stem": stem, "svg": svg})
     return figures
 
@@ -203,20 +205,17 @@ def choose_runs(output_dir: Path, choice: dict[str, object]) -> dict[tuple[str, 
 def load_vectors(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """A run's test vectors, checked but still on the disk, the class of each, and the classes' names."""
     try:
-        per_class = json.loads((folder / "result.json").read_text())["data"]["rows_per_class"]["test"]
-        labels = pd.read_csv(folder / "predictions.csv.gz")["label"].to_numpy()
+        result = run_dir.read_result(folder)
+        labels = run_dir.read_evidence(folder, result)[1]["label"].to_numpy()
         vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
-        classes, counts = np.unique(labels, return_counts=True)
         if vectors.ndim != 2 or len(vectors) != len(labels):
             raise ValueError(f"vectors.npy is {vectors.shape} for {len(labels)} rows")
         if not np.isfinite(vectors).all():
             raise ValueError("vectors.npy has values that are not finite numbers")
-        if counts.tolist() != [*per_class.values()]:
-            raise ValueError("predictions.csv.gz has not the rows of each class in result.json")
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except run_dir.UNREADABLE as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{folder} cannot be used ({reason}): delete it and do the run again") from error
-    return vectors, labels, dict(zip(classes.tolist(), per_class, strict=True))
+    return vectors, labels, dict(enumerate(result["data"]["rows_per_class"]["test"]))
 
 
 def embed(vectors: np.ndarray) -> np.ndarray:

@@ -35,7 +35,8 @@ from aggregate import (
     read_csv,
     read_failures,
 )
-from common import InputError, atomic_write, fail, make_parser, one_line, run_script
+from common import InputError, atomic_write, fail, make_parser, one_line, run_script, sha256_of
+from config import exact
 from paper import CLAIMS, TABLES, dataset_title, model_title, published_cells
 
 COLUMNS = ["table", "model", "variant", "dataset"]  # a column of a table, for one model
@@ -74,6 +75,8 @@ def read(output_dir: Path) -> ResultSet:
             epochs[run] = pd.read_csv(folder / "epochs.csv")
             if not abs(100 * results[run]["weighted_f1"] - f1) < 1e-6:
                 raise ValueError("another F1")
+            if sha256_of(folder / "epochs.csv") != results[run]["files"]["epochs.csv"]["sha256"]:
+                raise ValueError("epochs.csv is not what the run wrote")
         except run_dir.UNREADABLE as error:
             raise InputError(f"{folder} is not what results.csv was made from ({one_line(error)}): {again}") from error
     folders = sorted(path.parent.name for path in output_dir.glob("runs/*/result.json"))
@@ -92,7 +95,8 @@ def join_reference(ours: pd.DataFrame, reference: pd.DataFrame, by_variant: bool
     """
     columns = ours[COLUMNS].drop_duplicates()
     on = COLUMNS if by_variant else [name for name in COLUMNS if name != "variant"]
-    theirs = reference[[*on, "percent", "side", "f1", "collapsed", "layers"]].merge(columns, on=on)
+    values = [*on, "percent", "side", "f1", "collapsed", "layers", "floor"]  # the paper has no floor
+    theirs = reference.reindex(columns=values).merge(columns, on=on)
     both = ours.merge(theirs, how="outer", on=[*COLUMNS, "percent", "side"], suffixes=("", "_reference"))
     both["layers"] = both["layers"].fillna(both["layers_reference"]).astype(int)
     both["difference"] = both["f1"] - both["f1_reference"]
@@ -100,7 +104,7 @@ def join_reference(ours: pd.DataFrame, reference: pd.DataFrame, by_variant: bool
         f1 = both[f"f1{whose}"]
         uncorrupted = f1.where(both["side"] == "none").groupby([both[name] for name in COLUMNS]).transform("first")
         both[f"lost{whose}"] = f1 - uncorrupted
-        both[f"kept{whose}"] = 100 * f1 / (uncorrupted if whose else uncorrupted.where(uncorrupted > both["floor"] + 2))
+        both[f"kept{whose}"] = 100 * f1 / uncorrupted.mask(uncorrupted <= both[f"floor{whose}"] + 2)
     return both
 
 
@@ -200,10 +204,22 @@ def provenance(ours: ResultSet) -> pd.DataFrame:
 
 def count_settings(ours: ResultSet) -> dict[str, dict[str, int]]:
     """The values of each setting, beside those of the cell, and how many runs have each."""
-    rates = ours.runs[["learning_rate", "seed"]].map("{:g}".format)
+    rates = ours.runs[["learning_rate", "seed"]].map(exact)
     others = pd.DataFrame([other_settings(result) for result in ours.results.values()]).fillna("null")
     settings = rates.join(others.drop(columns=["model_fingerprint", "data_fingerprint"]))
     return {name: column.value_counts().to_dict() for name, column in settings.items()}
+
+
+def settings_apart(both: tuple[ResultSet, ResultSet]) -> dict[str, tuple[list[str], list[str]]]:
+    """What differs between the runs of two output folders, settings, weights and rows, and the values in each."""
+    values = [count_settings(one) for one in both]
+    for name, digest in (("model", "model_fingerprint"), ("dataset", "data_fingerprint")):
+        of_names = [provenance(one).groupby(name)[digest].unique() for one in both]
+        for shared in of_names[0].index.intersection(of_names[1].index):
+            for its, digests in zip(values, of_names, strict=True):
+                its[f"{digest} of {shared}"] = digests[shared]
+    sides = {name: [sorted(its.get(name, ["none"])) for its in values] for name in values[0] | values[1]}
+    return {name: (here, there) for name, (here, there) in sides.items() if here != there}
 
 
 # ---- The page ----
@@ -221,9 +237,9 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         name = compare_to.resolve().name
         end = f"_compared_to_{name}"
         theirs = read(compare_to)
-        reference, their_settings = theirs.cells.dropna(subset="table"), count_settings(theirs)
+        reference, apart = theirs.cells.dropna(subset="table"), settings_apart((ours, theirs))
     else:
-        name, end, reference, their_settings = "the paper", "", published_cells(), {}
+        name, end, reference, apart = "the paper", "", published_cells(), {}
     both = join_reference(in_tables, reference, by_variant=compare_to is not None)
     if compare_to and both["difference"].isna().all():
         raise InputError(f"{output_dir} and {compare_to} have no cell in common: nothing to compare")
@@ -251,7 +267,7 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         resumed=[run for run, result in ours.results.items() if result.get("resumed_from")],
         provenance=provenance(ours),
         settings=count_settings(ours),
-        their_settings=their_settings,
+        apart=apart,
         missing=missing_lines(output_dir, ours.runs["run"], in_tables),
         number_of={run: number for number, run in enumerate(ours.runs["run"], 1)},
         models=[model_title(model) for (model,), _ in groups(both, "model")],

@@ -219,7 +219,8 @@ def test_escapes(tmp_path: Path) -> None:
     write_result(tmp_path, "a|b\nc", "bottom", 50, "my_set", 90)
     write_result(tmp_path, "глубокий", "bottom", 50, "my_set", 90)
     cells = cells_of(tmp_path)
-    assert "% and xelatex or lualatex" in aggregate.latex(cells)
+    text = aggregate.latex(cells)
+    assert "% and xelatex or lualatex" in text and r"a\textbar{}b c & 50\% (1-6) & 90.00" in text
     rows = [line for line in aggregate.markdown(cells).splitlines() if line.startswith("|")]
     assert len(rows) == 5 and any(line.startswith(r"| a\|b c ") for line in rows)
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {5}

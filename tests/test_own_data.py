@@ -1,6 +1,8 @@
 """A user's own folder of train and test files: what is read, and what is refused. test_own_runs.py has its runs."""
 
 import csv
+import os
+import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -90,6 +92,36 @@ def test_order_of_the_classes(kind: str, labels: list, names: list[str], tmp_pat
     assert list(manifest["rows_per_class"]["train"]) == names
 
 
+# What may be a class or a slip counts as classes, and a line says so; what is plain says nothing.
+@pytest.mark.parametrize(
+    ("labels", "lines"),
+    [
+        (["-1", "NA", "none", "x"], ["though they may stand for rows without a label: -1, NA, none"]),
+        (["a", "A", "\uff21", "b"], ["though they look alike: A, a, \uff21"]),
+        (["None", "none"], ["though they may stand for rows without a label: None, none", "look alike: None, none"]),
+        (["01", "1", "1e5", "v1.0", "inf"], []),
+    ],
+)
+def test_doubtful_classes(labels: list, lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    frame = pd.DataFrame({"text": map(str, range(2 * len(labels))), "label": labels * 2})
+    manifest = data_prep.prepare(str(write(tmp_path / "x", train=frame, test=frame)), data_dir=tmp_path / "data")
+    assert list(manifest["rows_per_class"]["train"]) == sorted(labels)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(lines) and all(map(str.endswith, told, lines))
+
+
+# Names and paths of any language, in any locale: `\u00e9` may be one character or two, and the set's name is one.
+@pytest.mark.parametrize("name", ["caf\u00e9", "cafe\u0301"])
+def test_names(name: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a b" / name, train=films(4), test=films(4))
+    command = [sys.executable, "data_prep.py", "--dataset", str(folder), "--data_dir", str(tmp_path / "d \u00e9")]
+    options = {"cwd": Path(data_prep.__file__).parent, "env": os.environ | {"LC_ALL": "C"}, "capture_output": True}
+    assert subprocess.run(command, **options, check=True).stderr == b""
+    assert data_prep.own_names(tmp_path / "d \u00e9") == ["caf\u00e9"]
+    assert data_prep.up_to_date(str(folder), tmp_path / "d \u00e9")["rows"] == {"train": 4, "test": 4}
+    assert pd.read_csv(tmp_path / "d \u00e9" / "table2.csv")["dataset"].tolist() == ["caf\u00e9"]
+
+
 # Of 40 train rows 10 are again in test, and 2 stand twice. Whole, all stay, and the leak is told; where sizes are given
 # what is drawn from has neither. Table 2 has the set after those that are known.
 def test_sizes_and_shared_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -150,6 +182,7 @@ GOOD = b"text,label\na,x\nb,y\nc,x\n"
         ({"test.csv": b"text,label\na,x\nb,-1\n"}, "'-1' (GLUE's mark of rows without a label)"),
         ({"train.csv": b"text,label\na,nan\nb,y\n"}, "1 rows have no label"),
         ({"train.csv": b"text,label\na,1.0\nb,0\n"}, "a label that is a decimal number (regression is not supported"),
+        ({"train.csv": b"text,label\na,01\nb,2\nc,1\n"}, "train has one class written in two ways, '01' and '1'"),
         ({"train.csv": b"text,label\na,3.25\nb,4e-1\n"}, "2 rows have a label that is a decimal number"),
         ({"train.csv": b"text,label\na,x\nb, \n"}, "1 rows have no label (the first is row 1)"),
         ({"train.csv": b"text,label\na,x\n ,y\n,y\n"}, "2 rows have an empty text (the first is row 1)"),

@@ -1,6 +1,5 @@
 """The figures: which runs are in Figure 1, in which order, the numbers under its panels; lines, bands, ticks."""
 
-import json
 import os
 from collections import namedtuple
 from fractions import Fraction
@@ -13,6 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.markers import MarkerStyle
+from test_aggregate import cut_off, sign, write_result
 from threadpoolctl import threadpool_limits
 
 import plots
@@ -27,17 +27,16 @@ def add_run(output_dir: Path, side: str, percent: float, strays: int = 0, f1: fl
     """A run with 40 test rows of two classes at two points, and its row in results.csv."""
     row = {"model": "org/bert", "variant": "", "side": side, "percent": float(percent), "dataset": "ag_news"}
     row |= {"pooling": "cls", "tuning": "full", "learning_rate": 1e-5, "seed": 0, "f1": f1, **changes}
-    row["run"] = "_".join(str(value) for value in row.values()).replace("/", "--")
-    folder = output_dir / "runs" / row["run"]
-    folder.mkdir(parents=True)
     labels = np.tile([0, 1], 20)
+    settings = {name: row[name] for name in ("pooling", "tuning", "learning_rate", "seed")}
+    settings["max_length"] = 32 if row["variant"] else 64
+    place = (output_dir, *(row[name] for name in ("model", "side", "percent", "dataset")))
+    folder = write_result(*place, f1, predicted=(labels, 0 * labels), **settings)
     at_second = (labels == 1) | (np.arange(40) < 2 * strays)
     np.save(folder / "vectors.npy", np.where(at_second[:, None], np.float32([0, 3, 4]), np.float32([0, 0, 0])))
-    predictions = pd.DataFrame({"label": labels, "prediction": 0}).rename_axis("row")
-    predictions.to_csv(folder / "predictions.csv.gz")
-    result = {"data": {"rows_per_class": {"test": {"World": 20, "Sports": 20}}}}
-    (folder / "result.json").write_text(json.dumps(result))
+    sign(folder)
     results = output_dir / "results.csv"
+    row["run"] = folder.name
     pd.DataFrame([row]).to_csv(results, mode="a", header=not results.exists(), index=False)
     return folder
 
@@ -97,7 +96,7 @@ def test_numbers_of_a_line_in_the_original_space(monkeypatch: pytest.MonkeyPatch
     run = namedtuple("Row", "side percent run")("none", 0, "a")
 
     def measure(rows: list[int]) -> dict:
-        return plots.measure([run], [(line[rows], labels[rows], {3: "World", 5: "Sports"})])[0].to_dict("records")[0]
+        return plots.measure([run], [(line[rows], labels[rows], {3: "class 0", 5: "class 1"})])[0].to_dict("records")[0]
 
     numbers = measure([*range(6)])
     assert numbers["knn_accuracy"] == pytest.approx(100 * 4 / 6)
@@ -134,7 +133,7 @@ def test_panels_in_the_papers_order_with_their_numbers(tmp_path: Path, monkeypat
     dots = pd.read_csv(tmp_path / FILES[0])
     assert list(dots["run"]) == [folder.name for folder in folders for _ in range(40)]
     assert list(dots["row"]) == [*range(40)] * 4
-    assert list(dots["label_name"]) == ["World", "Sports"] * 80
+    assert list(dots["label_name"]) == ["class 0", "class 1"] * 80
     # rows 0, 2 ... 10 of the last panel stray: t-SNE puts them to the second class, and 12, 14 ... away from it
     place = dots.loc[dots["side"] == "all", ["x", "y"]].to_numpy()
     away = np.linalg.norm(place - place[1::2].mean(0), axis=1)
@@ -249,15 +248,13 @@ def test_each_class_looks_like_its_name_in_the_legend() -> None:
 
 def swap_labels(folder: Path) -> None:
     predictions = pd.read_csv(folder / "predictions.csv.gz")
-    predictions.assign(label=1 - predictions["label"]).to_csv(folder / "predictions.csv.gz", index=False)
+    predictions.assign(label=1 - predictions["label"], epoch_1=1).to_csv(folder / "predictions.csv.gz", index=False)
+    sign(folder)
 
 
-def other_classes(folder: Path) -> None:
-    (folder / "result.json").write_text('{"data": {"rows_per_class": {"test": {"World": 39, "Sports": 1}}}}')
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:60])
+def other_vectors(folder: Path, vectors: np.ndarray) -> None:
+    np.save(folder / "vectors.npy", vectors)
+    sign(folder)
 
 
 # Threads add up in an order of their own, which t-SNE would show.
@@ -292,13 +289,13 @@ BAD = {
     "unknown model": (lambda top: None, ["--model", "bart"], "no figure --model bart: "),
     "unknown data set": (lambda top: None, ["--dataset", "sst2"], "no figure --dataset sst2: "),
     "unknown degree": (lambda top: None, ["--frac", "1/2"], "no figure --frac 1/2: "),
-    "not a number": (lambda top: np.save(top / "vectors.npy", np.full((40, 3), np.nan)), [], "not finite numbers"),
-    "too few rows": (lambda top: np.save(top / "vectors.npy", np.ones((39, 3))), [], "(39, 3) for 40 rows"),
-    "cut vectors": (lambda top: cut(top / "vectors.npy"), [], "delete it and do the run again"),
-    "cut predictions": (lambda top: cut(top / "predictions.csv.gz"), [], "delete it and do the run again"),
-    "old result": (lambda top: (top / "result.json").write_text('{"data": {}}'), [], "KeyError: 'rows_per_class'"),
-    "a pickle": (lambda top: np.save(top / "vectors.npy", np.array([{}] * 40)), [], "Python objects in dtype"),
-    "other classes": (other_classes, [], "has not the rows of each class in result.json"),
+    "not a number": (lambda top: other_vectors(top, np.full((40, 3), np.nan)), [], "not finite numbers"),
+    "too few rows": (lambda top: other_vectors(top, np.ones((39, 3))), [], "(39, 3) for 40 rows"),
+    "another's vectors": (lambda top: np.save(top / "vectors.npy", np.ones((40, 3))), [], "vectors.npy is not what"),
+    "cut vectors": (lambda top: cut_off(top / "vectors.npy"), [], "delete it and do the run again"),
+    "cut predictions": (lambda top: cut_off(top / "predictions.csv.gz"), [], "delete it and do the run again"),
+    "edited": (lambda top: (top / "result.json").write_text("{}"), [], "result.json is not what the run wrote"),
+    "a pickle": (lambda top: other_vectors(top, np.array([{}] * 40)), [], "Python objects in dtype"),
     "other rows": (swap_labels, [], "the runs of org/bert on ag_news have other test rows"),
 }
 

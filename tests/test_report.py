@@ -45,6 +45,8 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     left_out = [run for run in runs if (run.model, run.frac, run.dataset) == (LARGE, 0.25, "sst2")]
     runs = [run for run in runs if run not in left_out]
     page.write_runs(runs, noise=0, rows=20_000, classes=2, epochs=2)  # rows for two decimals
+    (failed := output_dir / "runs" / "a #1, 50%?").mkdir()
+    (failed / "failure.json").write_text('{"reason": "out of memory"}')
     draw_all = plots.draw_all
     with pytest.MonkeyPatch.context() as monkeypatch:
         chosen = "dataset in ['sst2', 'rte']"  # a figure takes half a second
@@ -181,10 +183,22 @@ def test_links_resolve(outputs: str, opened: Callable, request: pytest.FixtureRe
     folder = request.getfixturevalue(outputs)
     tab = opened(folder / "report.html")
     links = set(tab.evaluate("[...document.querySelectorAll('a')].map(link => link.getAttribute('href'))"))
-    ids = set(tab.evaluate("[...document.querySelectorAll('[id]')].map(element => element.id)"))
-    assert len(links) > 10
+    ids = tab.evaluate("[...document.querySelectorAll('[id]')].map(element => element.id)")
+    assert len(links) > 10 and len(ids) == len(set(ids))
+    used = tab.evaluate("[...document.querySelectorAll('svg use')].map(use => use.href.baseVal.slice(1))")
+    assert used and set(used) <= set(ids)
     for link in links - {"https://arxiv.org/abs/2406.14459"}:
         assert unquote(link[1:]) in ids if link.startswith("#") else (folder / unquote(link)).exists(), link
+
+
+# On paper nothing is left out: every run, and what is folded on the screen.
+def test_print(papers: Path, opened: Callable) -> None:
+    tab = opened(papers / "report.html")
+    folded = tab.locator("#verdict details table")
+    assert not folded.is_visible()
+    tab.emulate_media(media="print")
+    assert folded.is_visible() and tab.locator("#runs tbody").last.is_visible()
+    assert tab.locator(".long").evaluate("list => list.scrollHeight == list.clientHeight")
 
 
 # The counts of the paper's claims in Tables 4 and 5, counted by others; on its own numbers ours are the same.
@@ -285,6 +299,21 @@ def test_two_output_folders_side_by_side(
         assert words in capsys.readouterr().err
 
 
+# Learning rates that differ in the last digit, and the rows of a set that both have, are named; what is equal is not.
+def test_what_differs_between_two_folders(tmp_path: Path) -> None:
+    sets = []
+    for folder, rate, digest in (("a", 1e-3, "a" * 64), ("b", 1.0000001e-3, "b" * 64)):
+        write_result(tmp_path / folder, BASE, "none", 0, "sst2", 80, learning_rate=rate)
+        write_result(tmp_path / folder, BASE, "none", 0, "imdb", 80, learning_rate=rate, data_fingerprint=digest)
+        runs, *_ = aggregate.read_runs(tmp_path / folder)
+        results = {
+            run: json.loads((tmp_path / folder / "runs" / run / "result.json").read_text()) for run in runs["run"]
+        }
+        sets.append(report.ResultSet(runs, None, None, results, {}, {}, []))
+    rates, digests = (["0.001"], ["0.0010000001"]), (["a" * 8], ["b" * 8])
+    assert report.settings_apart(sets) == {"learning_rate": rates, "data_fingerprint of imdb": digests}
+
+
 # A table that the paper does not have: the page shows it without a map of the paper.
 def test_a_table_without_a_published_counterpart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable
@@ -330,7 +359,7 @@ def test_figure_1_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
 
 
 # A page never shows a table that the runs no longer agree with.
-@pytest.mark.parametrize("change", ["no tables", "other F1", "gone"])
+@pytest.mark.parametrize("change", ["no tables", "other F1", "other epochs", "gone"])
 def test_tables_older_than_the_runs_are_refused(
     change: str, one_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -344,6 +373,8 @@ def test_tables_older_than_the_runs_are_refused(
         (folder / "cells.csv").unlink()
     elif change == "gone":
         result.unlink()
+    elif change == "other epochs":
+        (result.parent / "epochs.csv").write_text("epoch,weighted_f1\n1,0.99\n")
     else:
         result.write_text(json.dumps(json.loads(result.read_text()) | {"weighted_f1": 0.123}))
     with pytest.raises(SystemExit) as ended:
