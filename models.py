@@ -43,8 +43,8 @@ def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None
     """The local folder of a model, downloaded if need be, and its hub revision (None if it has none).
 
     `name` is `minilm` (embedded in an installed package), a local folder, or a hub id; `revision` one of the hub's
-    branches, tags or commits, the newest commit by default. Raises InputError within seconds if there is no such model,
-    if it has no safetensors weights, or if a file that it names lies elsewhere.
+    branches, tags or commits, the newest commit by default. Raises InputError within seconds for a model that is not
+    there, that lacks safetensors weights, or whose index names a file outside its folder.
     """
     if revision and (name == "minilm" or Path(name).is_dir()):
         raise InputError(f"--revision {revision} is for hub models, and {name} is on this machine: leave it out")

@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -55,6 +54,7 @@ import callbacks
 import corrupt
 import data_prep
 import features
+import model_check
 import models
 import paper
 import resolve
@@ -261,35 +261,10 @@ def check(wanted: RunConfig) -> None:
     training_arguments(wanted, Path(), "")
     folder, _ = models.find_model(wanted.model, wanted.revision)
     corrupt.check_corruptible(folder, wanted.corrupt, wanted.frac, wanted.method)
-    longest = longest_input(folder)
+    longest = model_check.longest_input(folder)
     if not 8 <= wanted.max_length <= longest:
         raise InputError(f"--max_length {wanted.max_length} is not from 8 to {longest}, what {wanted.model} can read")
-    check_model(folder, models.model_fingerprint(folder), wanted.pooling, wanted.no_unpadding)
-
-
-@lru_cache
-def longest_input(folder: Path) -> int:
-    """In tokens. RoBERTa and its like number the positions from behind their padding index."""
-    positions = [getattr(models.load_config(folder), "max_position_embeddings", sys.maxsize)]
-    for name, module in corrupt.empty_model(folder).base_model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            positions.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
-    return min(*positions, models.load_tokenizer(folder).model_max_length)
-
-
-@lru_cache
-def check_model(folder: Path, fingerprint: str, pooling: str, plain: bool) -> None:
-    """Load the model once and check its tensors, its tokenizer and what its head reads. Raises InputError."""
-    tokenizer = models.load_tokenizer(folder)
-    model, _ = corrupt.load_corrupted(folder, "none", None, seed=0)
-    ids, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
-    if ids >= rows:
-        raise InputError(f"{folder} has a tokenizer with ids up to {ids}, and embeddings for 0 to {rows - 1}: mend it")
-    one, two = "A fine film.", "It is long, and longer than it need be."
-    texts = [([one, two],), ([two],), ([one, two], [two, two])]
-    with explain(f"{type(model).__name__} in {folder} cannot read a batch", Exception):
-        batches = [tokenizer(*parts, padding=True, return_tensors="pt") for parts in texts]
-        unpad.check_pooling(model, batches, pooling, plain)
+    model_check.check_model(folder, models.model_fingerprint(folder), wanted.pooling, wanted.no_unpadding)
 
 
 def run_training(run: Run) -> dict:

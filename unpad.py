@@ -20,7 +20,6 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceCla
 from transformers.utils import ModelOutput
 
 import corrupt
-from common import InputError
 
 # Architectures whose layers mix tokens in the attention function alone, which transformers lets one replace.
 UNPADDABLE = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
@@ -220,54 +219,6 @@ def speed_up_encoder(model: PreTrainedModel, pooling: str, plain: bool) -> bool:
     if not plain:
         use_quick_dropout(model)
     return unpadded
-
-
-@torch.no_grad()
-def check_pooling(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], pooling: str, plain: bool) -> None:
-    """Check by numbers, on each batch, that the head reads what `pooling` says; speeds the model up, in place.
-
-    On the library's own path the encoder's last output is changed: the logits must move with what `pooling` reads and
-    must not move with the rest, for mean not even where each token changes and their mean stays. Then the path of
-    `speed_up_encoder` must give the library's logits. Raises InputError.
-    """
-    model.eval()
-    mean = pooling == "mean"
-    hook, place = (pool_mean(model), encoder_of(model)) if mean else (None, corrupt.encoder_layers(model)[-1])
-    expected = []
-    for tokens in batches:
-        real = tokens["attention_mask"].bool()
-        first = torch.zeros_like(real).scatter(1, real.int().argmax(dim=1, keepdim=True), True)
-        read = (real & ~first if mean else first).unsqueeze(-1)
-        noise = torch.randn((*real.shape, model.config.hidden_size), generator=corrupt.named_generator(0, "noise"))
-        center = (noise * read).sum(1, keepdim=True) / read.sum(1, keepdim=True)  # for [CLS] the noise itself
-        logits = model(**tokens).logits
-        changes = noise * read, noise - center * read
-        moved, unmoved = ((logits_with(it, place, model, tokens) - logits).abs().amax(1) for it in changes)
-        rounding = 1e-3 * moved.min()
-        if not unmoved.max() < rounding:
-            reads = "the mean of the other tokens alone" if mean else "[CLS] alone"
-            raise InputError(f"--pooling {pooling} needs a head that reads {reads}: {type(model).__name__}'s does not")
-        expected.append((logits, rounding))
-    if hook:
-        hook.remove()
-    speed_up_encoder(model, pooling, plain)
-    for tokens, (logits, rounding) in zip(batches, expected, strict=True):
-        if not (model(**tokens).logits - logits).abs().max() < rounding:
-            raise InputError(f"{type(model).__name__} gives other logits without padding: give --no_unpadding True")
-
-
-def logits_with(noise: torch.Tensor, place: nn.Module, model: PreTrainedModel, tokens: dict) -> torch.Tensor:
-    """The logits when `noise`, in units of the deviation, is added to the output of `place`."""
-
-    def add(module: nn.Module, args: tuple, output: ModelOutput | tuple | torch.Tensor) -> object:
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
-        changed = hidden + 3 * hidden.std() * noise
-        return changed if hidden is output else with_output(output, changed)
-
-    hook = place.register_forward_hook(add, prepend=True)
-    logits = model(**tokens).logits
-    hook.remove()
-    return logits
 
 
 @contextmanager

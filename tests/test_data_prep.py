@@ -15,6 +15,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 import data_prep
+import splits
 from common import InputError
 from data_sources import DATASETS
 
@@ -63,8 +64,8 @@ def test_embedded_splits(small_data: Path) -> None:
     assert data["train"].features["label"].names == names
     parts = split_texts(data)
     for part, size in (("train", 96), ("test", 50)):
-        assert all(data_prep.normalised(text) in source[names[label]] for text, label in parts[part])
-        assert len({data_prep.normalised(text) for text, _ in parts[part]}) == len(parts[part]) == size
+        assert all(splits.normalised(text) in source[names[label]] for text, label in parts[part])
+        assert len({splits.normalised(text) for text, _ in parts[part]}) == len(parts[part]) == size
         counted = Counter(names[label] for _, label in parts[part])
         assert counted == manifest["rows_per_class"][part]
         assert all(abs(counted[name] - size * len(source[name]) / distinct) < 1 for name in names)
@@ -83,11 +84,11 @@ def test_sentence_split_by_hand() -> None:
     own = [phrases | {sentence} for phrases, sentence in zip(own, SENTENCES, strict=True)]
 
     def outcomes(test_size: int) -> set[frozenset[str]]:
-        splits = (data_prep.split_by_sentence(texts, labels, test_size, seed)[0] for seed in range(20))
-        return {frozenset(texts[row] for row in np.flatnonzero(held_out)) for held_out in splits}
+        drawn = (splits.split_by_sentence(texts, labels, test_size, seed)[0] for seed in range(20))
+        return {frozenset(texts[row] for row in np.flatnonzero(held_out)) for held_out in drawn}
 
     assert outcomes(1) == {frozenset(own[1]), frozenset(own[2])}
-    _, group = data_prep.split_by_sentence(texts, labels, 1, 0)
+    _, group = splits.split_by_sentence(texts, labels, 1, 0)
     groups = [{texts[row] for row in np.flatnonzero(group == number)} for number in range(3)]
     later = max((0, 1), key=lambda sentence: group[sentence])  # "a good film" goes with the later of its sentences
     expected = [phrases | ({"a good film"} if number == later else set()) for number, phrases in enumerate(own)]
@@ -103,8 +104,8 @@ def test_sentence_split_leaks_nothing(tmp_path: Path) -> None:
     parts = split_texts(data_prep.load("sst2", tmp_path))
     distinct = {text.strip() for text in texts}
     assert manifest["rows"]["test"] == 100 and manifest["rows"]["train"] >= 0.6 * len(distinct)
-    train = [f" {data_prep.normalised(text)} " for text, _ in parts["train"]]
-    test = [f" {data_prep.normalised(text)} " for text, _ in parts["test"]]
+    train = [f" {splits.normalised(text)} " for text, _ in parts["train"]]
+    test = [f" {splits.normalised(text)} " for text, _ in parts["test"]]
     assert not [text for text in test if any(text in phrase for phrase in train)]
     data = data_prep.load("sst2", tmp_path)
     source = pd.concat(pd.read_parquet(source / "sst2" / f"{part}.parquet") for part in ("train", "validation"))
@@ -116,21 +117,21 @@ def test_sentence_split_leaks_nothing(tmp_path: Path) -> None:
 # The same rows in another order, and shared otherwise between the files, give the same texts in the same order.
 def test_order_of_the_source_does_not_matter(tmp_path: Path) -> None:
     texts, labels = phrase_bank()
-    sizes, splits = {"train_size": 150, "test_size": 60}, []
+    sizes, drawn = {"train_size": 150, "test_size": 60}, []
     for seed in (None, 1, 2):
         source = write_sst2(tmp_path / f"source{seed}", texts, labels, seed)
         data_prep.prepare("sst2", str(source), **sizes, data_dir=tmp_path / f"data{seed}")
         data = data_prep.load("sst2", tmp_path / f"data{seed}")
-        splits.append((split_texts(data), data["test"]["group"][:]))
-    assert splits[0] == splits[1] == splits[2]
+        drawn.append((split_texts(data), data["test"]["group"][:]))
+    assert drawn[0] == drawn[1] == drawn[2]
     data_prep.prepare("sst2", str(source), **sizes, seed=1, data_dir=tmp_path / "seed1")
-    assert split_texts(data_prep.load("sst2", tmp_path / "seed1")) != splits[0][0]
+    assert split_texts(data_prep.load("sst2", tmp_path / "seed1")) != drawn[0][0]
 
 
 # "b" is labelled 1 twice and 0 once; "c" once each, so the smaller label stays. White space makes no new text.
 def test_duplicates() -> None:
     frame = pd.DataFrame({"text": ["a", "b", "b ", " b", "c", "c", "d  e", "d e"], "label": [0, 1, 0, 1, 1, 0, 1, 1]})
-    kept, dropped = data_prep.without_duplicates(frame.assign(key=["a", "b", "b", "b", "c", "c", "d e", "d e"]))
+    kept, dropped = splits.without_duplicates(frame.assign(key=["a", "b", "b", "b", "c", "c", "d e", "d e"]))
     assert dict(zip(kept["key"], kept["label"], strict=True)) == dict(a=0, b=1, c=0, **{"d e": 1})
     assert dropped == {"duplicate_texts": 4, "labels_outvoted": 2}
 
@@ -204,7 +205,7 @@ def test_emotion_gives_the_papers_constant() -> None:
     frame = pd.DataFrame({"label": np.repeat([*counts], [*counts.values()])})
     assert len(frame) == 18_000 and DATASETS["emotion"].train_from == {"train": 16_000, "validation": 2_000}
     once = frame.drop(frame.index[frame["label"] == 1][:80])  # 40 texts of joy stand twice
-    test, _ = data_prep.stratified(once, DATASETS["emotion"].test_size, 0, frame)
+    test, _ = splits.stratified(once, DATASETS["emotion"].test_size, 0, frame)
     assert (test["label"] == 1).sum() == 1_348 and len(test) == 4_000
     constant = 100 * f1_score(test["label"], np.ones(4_000), average="weighted")
     assert 16.98 <= constant <= 16.99

@@ -17,6 +17,7 @@ import config
 import corrupt
 import data_prep
 import features
+import model_check
 import models
 import train
 from common import InputError, RunError
@@ -257,7 +258,7 @@ def test_revision_is_for_the_hub(tiny_bert: Path) -> None:
 def test_the_check_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loads, load = [], corrupt.load_corrupted
     monkeypatch.setattr(corrupt, "load_corrupted", lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs))
-    train.check_model.cache_clear()
+    model_check.check_model.cache_clear()
     for pooling in ("cls", "mean", "cls"):
         for seed in range(3):
             check("minilm", pooling=pooling, seed=seed, dataset=data_prep.DEMO[0])

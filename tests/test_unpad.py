@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding, PreTrainedModel
 
 import corrupt
-import train
+import model_check
 import unpad
 from common import InputError
 
@@ -168,9 +168,9 @@ def test_pooling_is_checked(architecture: str, pooling: str, tmp_path: Path, mon
     folder = random_model(architecture, tmp_path / architecture)
     if architecture in ("opt", "gpt2") or (architecture, pooling) == ("deberta-v2", "mean"):
         with pytest.raises(InputError, match=f"{pooling} needs a head that reads .*ForSequenceClassification"):
-            train.check_model(folder, "fingerprint", pooling, False)
+            model_check.check_model(folder, "fingerprint", pooling, False)
     else:
-        train.check_model(folder, "fingerprint", pooling, False)
+        model_check.check_model(folder, "fingerprint", pooling, False)
 
 
 def last_token(module: nn.Module, args: tuple) -> tuple:
@@ -189,10 +189,10 @@ def all_tokens(module: nn.Module, args: tuple) -> tuple:
 def test_a_head_that_reads_something_else(pooling: str, fault: Callable, tiny_bert: Path) -> None:
     model, _ = corrupt.load_corrupted(tiny_bert, "none", None, seed=0)
     tokens = batches(tiny_bert)[:2]
-    unpad.check_pooling(corrupt.load_corrupted(tiny_bert, "none", None, seed=0)[0], tokens, pooling, False)
+    model_check.check_pooling(corrupt.load_corrupted(tiny_bert, "none", None, seed=0)[0], tokens, pooling, False)
     model.bert.pooler.register_forward_pre_hook(fault)
     with pytest.raises(InputError, match="needs a head that reads"):
-        unpad.check_pooling(model, tokens, pooling, True)
+        model_check.check_pooling(model, tokens, pooling, True)
 
 
 def mean_of_all(model: PreTrainedModel) -> RemovableHandle:
@@ -214,7 +214,7 @@ def test_a_mean_of_something_else(pool: Callable, tiny_bert: Path, monkeypatch: 
     monkeypatch.setattr(unpad, "pool_mean", pool)
     model, _ = corrupt.load_corrupted(tiny_bert, "none", None, seed=0)
     with pytest.raises(InputError, match="needs a head that reads the mean of the other tokens alone"):
-        unpad.check_pooling(model, batches(tiny_bert)[:2], "mean", True)
+        model_check.check_pooling(model, batches(tiny_bert)[:2], "mean", True)
 
 
 def test_another_path(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,4 +222,4 @@ def test_another_path(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpad, "rows_of", lambda *args: [rows * 1.01 for rows in rows_of(*args)])
     model, _ = corrupt.load_corrupted(tiny_bert, "none", None, seed=0)
     with pytest.raises(InputError, match="gives other logits without padding"):
-        unpad.check_pooling(model, batches(tiny_bert)[:2], "cls", False)
+        model_check.check_pooling(model, batches(tiny_bert)[:2], "cls", False)
