@@ -137,8 +137,12 @@ def check_corruptible(folder: Path, corrupt: str, frac: Fraction | None, method:
 
 def named_generator(seed: int, name: str) -> torch.Generator:
     """A random stream of its own for each (seed, name), so that drawing from one never moves another."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) % 2**63)
+    return torch.Generator().manual_seed(seed_of(seed, name))
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of that stream."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]) % 2**63
 
 
 def reinit(target: Target, generator: torch.Generator, kaiming_a: float) -> dict:

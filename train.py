@@ -39,7 +39,6 @@ import torch.nn.functional as F
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
 from filelock import Timeout
-from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -111,27 +110,6 @@ def encoder_settings(run: Run, args: TrainingArguments) -> dict:
 # ---- The Trainer ----
 
 
-class PairedTrainer(Trainer):
-    """A Trainer whose data order has a random stream of its own, and whose predictions keep the order of the rows."""
-
-    data_order: torch.Generator
-
-    def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
-        sampler = loader.batch_sampler.sampler
-        if self.args.train_sampling_strategy == "group_by_length":
-            sampler.lengths = list(sampler.lengths)  # it asks for one at a time, slow from Arrow: seconds an epoch
-        sampler.generator = self.data_order
-        return loader
-
-    def get_eval_dataloader(self, eval_dataset: datasets.Dataset | None = None) -> DataLoader:
-        loader = super().get_eval_dataloader(eval_dataset)
-        loader.batch_sampler.sampler = SequentialSampler(loader.dataset)  # group_by_length would shuffle predictions
-        return loader
-
-    get_test_dataloader = get_eval_dataloader
-
-
 def training_arguments(wanted: RunConfig, checkpoints: Path, name: str) -> TrainingArguments:
     """What the Trainer gets; raises InputError for what the library's own checks refuse, or the environment changes."""
     config.check_environment()
@@ -176,7 +154,7 @@ def optimizer_of(trainer: Trainer) -> dict:
 class PreparedRun(NamedTuple):
     """A Trainer that is ready to train, and what is known of its run besides."""
 
-    trainer: PairedTrainer
+    trainer: Trainer
     order: np.ndarray  # the test split's row numbers in the order in which it predicts
     test: pd.DataFrame  # of each of its rows: `row` of the source, `label`, and `group` where rows belong together
     corruption: dict  # the corruption's manifest
@@ -212,7 +190,7 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
     if models.model_fingerprint(run.model_folder) != run.settings["model_fingerprint"]:
         raise RunError(f"{run.model_folder} was changed while it was being loaded: start the run again")
     plain = wanted.no_unpadding or args.device.type != "cpu"  # none of it has been measured on a GPU
-    speed = {"unpadded": unpad.speed_up_encoder(model, wanted.pooling, plain), "quick_dropout": not plain}
+    speed = {"unpadded": unpad.speed_up_encoder(model, wanted.pooling, plain)}
     rows, collator = TUNINGS[wanted.tuning](Trainable(model, tokens, tokenizer, run, args))
     metric, predicted = evaluate.load(str(METRIC), keep_in_memory=True), []
 
@@ -234,7 +212,9 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
         total = F.cross_entropy(outputs.logits, labels, reduction="sum", label_smoothing=smoothing)
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
-    trainer = PairedTrainer(
+    # epoch k's order has the seed data_seed + k: with the plain seed, that of epoch 2 would be seed 1's of epoch 1
+    args.data_seed = corrupt.seed_of(args.seed if args.data_seed is None else args.data_seed, "data order")
+    trainer = Trainer(
         model_init=lambda: model,  # asked for twice, at first and when training begins: nothing trains it in between
         args=args,
         data_collator=collator,
@@ -246,7 +226,6 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
         callbacks=[callbacks.StopIfDiverged()],
     )
     in_force(trainer)
-    trainer.data_order = corrupt.named_generator(args.seed if args.data_seed is None else args.data_seed, "data order")
     counts = {part: sum(rows["length"]) for part, rows in tokens.items()}
     return PreparedRun(trainer, order, test, corruption, speed, counts, predicted)
 
@@ -284,14 +263,12 @@ def run_training(run: Run) -> dict:
         timer, resumed_from = callbacks.TrainTimer(before.get("trained", 0.0)), before.get("resumed_from", [])
         if checkpoint:
             predicted.extend(np.array(classes) for classes in before["predicted"])
-            trainer.data_order.set_state(torch.tensor(before["data_order"], dtype=torch.uint8))
 
         def progress() -> dict:
             """What a process that goes on from here must know, besides the Trainer's own checkpoint."""
             part = {"until_epoch": trainer.state.epoch, "device": device, "commit": git_commit()}
             return {
                 "predicted": [classes.tolist() for classes in predicted],
-                "data_order": trainer.data_order.get_state().tolist(),
                 "trained": timer.seconds,
                 "total": before.get("total", 0.0) + time.perf_counter() - started,
                 "resumed_from": [*resumed_from, part | {p: version(p) for p in ("torch", "transformers")}],

@@ -1,7 +1,8 @@
-"""What runs inside the encoder: the pooling hook, no padding, and quick dropout masks.
+"""What runs inside the encoder: the pooling hook, no padding, and a last layer for [CLS] alone.
 
-A padded batch goes in and the same logits come out, but the encoder's layers see a list of real tokens. How much each
-part saves is in docs/performance.md; `train.py --no_unpadding` leaves all of it out but the pooling.
+A padded batch goes in and the same logits come out, but the encoder's layers see a list of real tokens, and the last
+layer computes only what the head reads. How much each part saves is in docs/performance.md; `train.py --no_unpadding`
+leaves all of it out but the pooling.
 """
 
 import inspect
@@ -22,7 +23,13 @@ from transformers.utils import ModelOutput
 import corrupt
 
 # Architectures whose layers mix tokens in the attention function alone, which transformers lets one replace.
-UNPADDABLE = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+# Of each: a layer's query, and what follows the attention and takes all that the rest of the layer reads.
+UNPADDABLE = {
+    **dict.fromkeys(
+        ("bert", "camembert", "electra", "roberta", "xlm-roberta"), ("attention.self.query", "attention.output")
+    ),
+    "distilbert": ("attention.q_lin", "sa_layer_norm"),
+}
 STEPS = 2**16  # a dropout probability is rounded to a multiple of 1 / STEPS
 
 
@@ -101,6 +108,7 @@ class UnpaddedLayout(NamedTuple):
 
     groups: tuple[tuple[int, int], ...]  # (rows, length): rows of equal length stand together, the shortest first
     order: torch.Tensor  # (rows,): which row of the batch stands where
+    first: torch.Tensor  # (rows,): where each row's [CLS] stands
 
 
 def unpad(model: PreTrainedModel, pooling: str = "cls") -> None:
@@ -121,20 +129,50 @@ def unpad(model: PreTrainedModel, pooling: str = "cls") -> None:
         real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask is None else mask.bool()
         length, order = real.sum(dim=1).sort(stable=True)
         lengths, rows = length.unique_consecutive(return_counts=True)
-        layout = UnpaddedLayout(tuple(zip(rows.tolist(), lengths.tolist(), strict=True)), order)
+        groups = tuple(zip(rows.tolist(), lengths.tolist(), strict=True))
+        layout = UnpaddedLayout(groups, order, length.cumsum(0) - length)
         positions = order[:, None] * hidden.shape[1] + torch.arange(hidden.shape[1], device=hidden.device)
         tokens = hidden.flatten(0, 1).index_select(0, positions[real[order]])
         call.arguments |= {"hidden_states": tokens[None], "attention_mask": layout}
         return call.args, call.kwargs
 
     def pooled(module: nn.Module, args: tuple, output: ModelOutput | tuple) -> ModelOutput | tuple:
-        rows = rows_of(output[0][0], layout)
-        rows = torch.cat([group[:, 0] if pooling == "cls" else group[:, 1:].mean(dim=1) for group in rows])
+        rows = output[0][0]
+        if pooling == "mean":
+            rows = torch.cat([group[:, 1:].mean(dim=1) for group in rows_of(rows, layout)])
         return with_output(output, rows.index_select(0, layout.order.argsort())[:, None])
 
     encoder_of(model).register_forward_pre_hook(flatten, with_kwargs=True)
     encoder_of(model).register_forward_hook(pooled)
+    if pooling == "cls":
+        narrow_last_layer(model, lambda: layout.first)
     model.set_attn_implementation("unpadded")
+
+
+def narrow_last_layer(model: PreTrainedModel, first: Callable[[], torch.Tensor]) -> None:
+    """Let the last layer of an unpadded encoder give [CLS] alone, shape (1, rows, hidden size); in place.
+
+    Behind the last layer's attention no token reads another, so that those which the head does not read need no query,
+    no feed-forward, and have no gradient there. `first` gives the positions of [CLS] in the list of tokens.
+    """
+    last = corrupt.encoder_layers(model)[-1]
+    query, rest = (last.get_submodule(name) for name in UNPADDABLE[model.config.model_type])
+    shape = None
+
+    def pick(module: nn.Module, args: tuple) -> tuple:
+        return tuple(tokens.index_select(1, first()) for tokens in args)
+
+    def pick_for_query(module: nn.Module, args: tuple) -> tuple:
+        nonlocal shape
+        shape = args[0].shape
+        return pick(module, args)
+
+    def put_back(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output.new_zeros(shape[:2] + output.shape[2:]).index_copy(1, first(), output)
+
+    query.register_forward_pre_hook(pick_for_query)
+    query.register_forward_hook(put_back)
+    rest.register_forward_pre_hook(pick)
 
 
 def rows_of(tokens: torch.Tensor, layout: UnpaddedLayout) -> list[torch.Tensor]:
@@ -176,9 +214,6 @@ def attention(
 AttentionInterface.register("unpadded", attention)
 
 
-# ---- Dropout ----
-
-
 def keep_mask(elements: int, p: float, dtype: torch.dtype) -> torch.Tensor:
     """What dropout multiplies by: 0 with probability `p`, else 1 / (1 - p). Shape (elements,), on the CPU.
 
@@ -192,32 +227,16 @@ def keep_mask(elements: int, p: float, dtype: torch.dtype) -> torch.Tensor:
     return keep.to(dtype).mul_(STEPS / (STEPS - dropped))
 
 
-class QuickDropout(nn.Dropout):
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.training and 0 < self.p < 1 and hidden.device.type == "cpu":
-            return hidden * keep_mask(hidden.numel(), self.p, hidden.dtype).view(hidden.shape)
-        return super().forward(hidden)
-
-
-def use_quick_dropout(model: PreTrainedModel) -> None:
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Dropout:
-                setattr(module, name, QuickDropout(child.p).train(child.training))
-
-
 # ---- All of it ----
 
 
 def speed_up_encoder(model: PreTrainedModel, pooling: str, plain: bool) -> bool:
-    """Hook the pooling into the model and, unless it is to stay `plain`, the rest; returns whether it is unpadded."""
+    """Hook the pooling into the model and, unless it is to stay `plain`, unpad it; returns whether it is unpadded."""
     unpadded = not plain and model.config.model_type in UNPADDABLE
     if unpadded:
         unpad(model, pooling)
     elif pooling == "mean":
         pool_mean(model)
-    if not plain:
-        use_quick_dropout(model)
     return unpadded
 
 

@@ -32,7 +32,7 @@ OTHER = {
     **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), True),
     **dict.fromkeys(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), '{"use_reentrant": true}'),
     **{"torch_compile_backend": "eager", "torch_compile_mode": "default", "liger_kernel_config": '{"rope": true}'},
-    **{"neftune_noise_alpha": 5.0, "train_sampling_strategy": "group_by_length"},
+    "neftune_noise_alpha": 5.0,
 }
 
 

@@ -90,19 +90,42 @@ def test_gradients_of_an_unpadded_batch(architecture: str, tmp_path: Path) -> No
         torch.testing.assert_close(weight.grad, gradients[name])
 
 
-def quick(hidden: torch.Tensor, p: float) -> torch.Tensor:
-    return unpad.QuickDropout(p)(hidden)
+# The last layer reads every token for its keys and values, and nothing else of it but [CLS]; of DistilBERT's, the
+# attention's output too. With mean pooling it reads all.
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("architecture", unpad.UNPADDABLE)
+def test_the_last_layer_is_for_cls_alone(architecture: str, pooling: str, tmp_path: Path) -> None:
+    folder = random_model(architecture, tmp_path / architecture)
+    _, ours = both(folder)
+    unpad.unpad(ours, pooling)
+    batch, seen = batches(folder)[0], {}
+    layers = corrupt.encoder_layers(ours)
+    for number, layer in enumerate(layers):
+        for name, linear in layer.named_modules():
+            if isinstance(linear, nn.Linear):
+                key = number, name
+                linear.register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0].shape[1]}))
+    ours(**batch)
+    rows, tokens = len(batch["input_ids"]), int(batch["attention_mask"].sum())
+    for (number, name), count in seen.items():
+        all_read = number < len(layers) - 1 or pooling == "mean" or name.endswith(("key", "value", "k_lin", "v_lin"))
+        assert count == (tokens if all_read or name == "attention.out_lin" else rows), name
+    assert len(seen) == 6 * len(layers)
+
+
+def dropped(ones: torch.Tensor, p: float) -> torch.Tensor:
+    return ones * unpad.keep_mask(ones.numel(), p, ones.dtype).view(ones.shape)
 
 
 # Kept with probability 1 - p, alike in all four elements that one 64-bit draw serves and independently of each other:
 # the sixteen patterns of neighbours have their shares (chi-squared). What is kept is divided by that probability.
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_distribution_of_quick_dropout(p: float) -> None:
+def test_distribution_of_the_mask(p: float) -> None:
     torch.manual_seed(0)
-    dropped = quick(torch.full((1_000, 4_000), 3.0), p)
-    kept = dropped != 0
+    left = dropped(torch.full((1_000, 4_000), 3.0), p)
+    kept = left != 0
     assert kept.float().mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / kept.numel()) ** 0.5 + 2**-17)
-    torch.testing.assert_close(dropped[kept], torch.full((int(kept.sum()),), 3 / (1 - p)), rtol=2e-5, atol=0)
+    torch.testing.assert_close(left[kept], torch.full((int(kept.sum()),), 3 / (1 - p)), rtol=2e-5, atol=0)
     for apart in (1, 4_000):
         patterns = np.bincount(
             kept.flatten()[: 4 * apart * (kept.numel() // (4 * apart))]
@@ -118,24 +141,21 @@ def test_distribution_of_quick_dropout(p: float) -> None:
 
 
 # The stream depends on torch's seed alone; a call moves it on. The number of elements may be odd.
-def test_stream_of_quick_dropout() -> None:
+def test_stream_of_the_mask() -> None:
     masks = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        masks.append([quick(torch.ones(3, 333), 0.5) for _ in range(2)])
+        masks.append([dropped(torch.ones(3, 333), 0.5) for _ in range(2)])
     assert torch.equal(masks[0][0], masks[1][0]) and torch.equal(masks[0][1], masks[1][1])
     assert not torch.equal(masks[0][0], masks[0][1]) and not torch.equal(masks[0][0], masks[2][0])
 
 
-# Every dropout of the model is ours afterwards and off when it is evaluated; in training, the attention's too, the
-# mean over many passes through the first layer's attention is the output without dropout.
+# The attention's dropout is off when the model is evaluated; in training the mean over many passes through the first
+# layer's attention is the output without dropout.
 def test_dropout_in_an_unpadded_model(tmp_path: Path) -> None:
     folder = random_model("bert", tmp_path / "bert")
     model, ours = both(folder)
     unpad.unpad(ours)
-    unpad.use_quick_dropout(ours)
-    kinds = {type(module) for module in ours.modules() if isinstance(module, nn.Dropout)}
-    assert kinds == {unpad.QuickDropout}
     batch = batches(folder)[0]
     with torch.no_grad():
         torch.testing.assert_close(ours(**batch).logits, model(**batch).logits)
