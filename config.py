@@ -159,7 +159,7 @@ class RunConfig:
     )
     per_device_train_batch_size: int = setting(32, "rows of a step", int, group=TRAINING)
     seed: int = setting(0, "of the draws, the head, the order of the rows, and dropout", int, group=TRAINING)
-    bf16: bool = setting(False, "bfloat16 for speed on a GPU that has it: other numbers", truth, group=TRAINING)
+    bf16: bool = setting(False, "bfloat16: other numbers, faster where the processor has it", truth, group=TRAINING)
     report_to: str = setting(
         "none", "each run reports under its folder's name", choices=REPORTERS, affects=False, group=TRAINING
     )

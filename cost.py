@@ -7,6 +7,7 @@ output folder, else that of a few steps with random weights.
 import math
 import statistics
 import time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -123,22 +124,38 @@ def timed_rate(run: RunConfig, row_tokens: float) -> float:
 
 
 def predict(runs: list[RunConfig], processes: int, threads: int) -> str:
-    """A line that says what the runs cost on this machine, so many side by side."""
-    rates, durations, read, operations = finished_rates(Path(runs[0].output_dir)), [], 0.0, 0.0
+    """A line that says what the runs cost on this machine, so many side by side, and what they would cost in bf16."""
+    finished, timed, sources = finished_rates(Path(runs[0].output_dir)), {}, set()
     torch.set_num_threads(threads)
-    sources = {kind: "finished runs" for kind in rates}
-    for run in runs:
-        tokens, kind = count_tokens(run.dataset, run.data_dir, run.max_length), (run.model, run.tuning, run.bf16)
-        if kind not in rates:
-            rates[kind] = timed_rate(run, sum(tokens) / sum(count_rows(run.dataset, run.data_dir)))
-            sources[kind] = "steps timed here"
-        read += passes(run, tokens)
-        operations += 2 * encoder_weights(run.model) * passes(run, tokens)
-        durations.append(RUN_SECONDS + rates[kind] * passes(run, tokens))
-    total = max(sum(durations) / processes, *durations)
-    took = f"{total / 3600:,.1f} hours" if total > 7200 else f"{total / 60:,.1f} minutes"
-    said = " and ".join(sorted({sources[run.model, run.tuning, run.bf16] for run in runs}))
+
+    def time_steps(run: RunConfig) -> float:
+        if (run.model, run.bf16) not in timed:
+            tokens, rows = tokens_of(run), count_rows(run.dataset, run.data_dir)
+            timed[run.model, run.bf16] = timed_rate(run, sum(tokens) / sum(rows))
+        return timed[run.model, run.bf16]
+
+    def rate(run: RunConfig) -> float:
+        """Of finished runs; of finished runs in the other precision, times the ratio of the two; or of steps alone."""
+        other = replace(run, bf16=not run.bf16)
+        known, twin = (finished.get((one.model, one.tuning, one.bf16)) for one in (run, other))
+        sources.add("finished runs" if known else "steps timed here")
+        return known or time_steps(run) * (twin / time_steps(other) if twin else 1)
+
+    def hours(runs: list[RunConfig]) -> str:
+        seconds = [RUN_SECONDS + rate(run) * passes(run, tokens_of(run)) for run in runs]
+        total = max(sum(seconds) / processes, *seconds)
+        return f"{total / 3600:,.1f} hours" if total > 7200 else f"{total / 60:,.1f} minutes"
+
+    read = sum(passes(run, tokens_of(run)) for run in runs)
+    operations = sum(2 * encoder_weights(run.model) * passes(run, tokens_of(run)) for run in runs)
+    took, source = hours(runs), " and ".join(sorted(sources))
+    if not all(run.bf16 for run in runs):
+        source += f"; with --bf16 True about {hours([replace(run, bf16=True) for run in runs])}"
     return (
         f"to do: {read / 1e6:,.2f} million tokens forward (a step counts three times), {operations:.2g} floating-point "
-        f"operations in the encoders: about {took} (speed from {said})"
+        f"operations in the encoders: about {took}, by {source}"
     )
+
+
+def tokens_of(run: RunConfig) -> tuple[int, int]:
+    return count_tokens(run.dataset, run.data_dir, run.max_length)

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import config
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's matrix products do not repeat
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait for one another let other programs have the core
 if __name__ == "__main__":
     config.parse_run(__doc__)  # help and wrong flags are told before torch is imported
 
@@ -120,6 +121,8 @@ def training_arguments(wanted: RunConfig, checkpoints: Path, name: str) -> Train
         values["report_to"] = "none"  # callbacks.reporters sees to it
     if in_worker():
         values["disable_tqdm"] = True
+    if wanted.bf16 and not torch.accelerator.is_available():
+        values["use_cpu"] = True  # the library wants to be told
     values |= wanted.trainer | {"output_dir": str(checkpoints), "run_name": name}
     if wanted.resume:
         values |= {"save_strategy": "epoch", "save_only_model": False}

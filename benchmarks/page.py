@@ -1,10 +1,11 @@
-"""How long the tables and the page take for the paper's 960 runs, how much memory, and how large the page is.
+"""How long planning, tables and page take for the paper's 960 runs, how much memory, and how large the page is.
 
     python benchmarks/page.py [--runs 960] [--rows N] [--epochs 10] [--output_dir DIR]
 
-The runs are made up: predictions with the paper's F1 for each cell and noise of a point for each run, constant ones for
-its outliers, of the size of Table 2's test splits or of N rows. More than 960 runs have further seeds. With
---output_dir the runs, the tables and the page stay there.
+Planning is grid.py's dry run of so many runs of the embedded model, of which none is there, or all. The other runs are
+made up: predictions with the paper's F1 for each cell and noise of a point for each run, constant ones for its
+outliers, of the size of Table 2's test splits or of N rows. More than 960 runs have further seeds. With --output_dir
+the runs, the tables and the page stay there.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import cost
 import data_prep
 import grid
 import paper
+import resolve
 import run_dir
 import stats
 from aggregate import PLACE
@@ -128,6 +130,30 @@ def write_runs(
         write_run(wanted, curve, outliers.get(wanted.dataset), cell["collapsed"], rows, classes, random)
 
 
+def plan(count: int) -> None:
+    """Time the dry run of about so many runs, none of which is there, and all."""
+    with tempfile.TemporaryDirectory() as folder:
+        axes = {"model": ("minilm",), "dataset": data_prep.DEMO, "seed": tuple(range(-(-count // 24)))}
+        flags = ["--preset", "table1", "--data_dir", f"{folder}/data", "--output_dir", folder]
+        flags += [word for name, values in axes.items() for word in (f"--{name}", *map(str, values))]
+        for name in data_prep.DEMO:
+            data_prep.prepare(name, data_dir=f"{folder}/data")
+        runs = grid.expand(paper.PRESETS["table1"], axes, {"data_dir": f"{folder}/data", "output_dir": folder})
+        for state in ("none is", "all are"):
+            if state == "all are":
+                for run in map(resolve.resolve_run, runs):
+                    run.folder.mkdir(parents=True)
+                    run_dir.write_result(run.folder / "result.json", {"settings": run.settings, "files": {}})
+            time_script("grid", *flags, "--dry_run", label=f"--dry_run of {len(runs)} runs, {state} there")
+
+
+def time_script(name: str, *flags: str, label: str = "") -> None:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *flags], check=True, stdout=subprocess.DEVNULL)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
+    print(f"{name}.py {label} {time.perf_counter() - started:.1f} s, at most {peak:.0f} MiB until then", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, default=960, help="about how many (default: the paper's 960)")
@@ -135,6 +161,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="of each run (default: 10)")
     parser.add_argument("--output_dir", type=Path, help="keep everything in this folder (default: keep nothing)")
     args = parser.parse_args()
+    plan(args.runs)
     with tempfile.TemporaryDirectory() as scratch:
         output_dir, seeds = args.output_dir or Path(scratch), -(-args.runs // 960)
         runs = grid.expand(paper.PRESETS["paper"], {"seed": tuple(range(seeds))}, {"output_dir": str(output_dir)})
@@ -142,11 +169,7 @@ def main() -> None:
         write_runs(runs, rows=args.rows, epochs=args.epochs)
         print(f"{len(runs)} runs:", flush=True)
         for script in ("aggregate", "report"):
-            started = time.perf_counter()
-            command = [sys.executable, str(ROOT / f"{script}.py"), "--output_dir", str(output_dir)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
-            print(f"{script}.py {time.perf_counter() - started:.1f} s, at most {peak:.0f} MiB until then", flush=True)
+            time_script(script, "--output_dir", str(output_dir))
         page, figures = output_dir / "report.html", [*output_dir.glob("figures/*")]
         size = sum(path.stat().st_size for path in figures)
         print(f"report.html {page.stat().st_size / 2**20:.1f} MiB, {len(figures)} figure files {size / 2**20:.1f} MiB")

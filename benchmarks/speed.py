@@ -1,7 +1,7 @@
 """How fast the runs are, part by part, against the library's plain way and against this machine's limit.
 
     python benchmarks/speed.py
-    OMP_NUM_THREADS=1 python benchmarks/speed.py --part training evaluation profile   # as in a worker of the grid
+    python benchmarks/speed.py --part training profile      # with one thread, as a grid's processes, and with all
 
 Real fine-tuning of the embedded model on rotten_tomatoes through the Trainer. The variants take turns, several rounds
 in one run, and medians are compared: read the ratios, not the seconds. The limit is a product of two 2048 x 2048
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,9 @@ import config
 import cost
 import data_prep
 import executors
+import grid
+import models
+import paper
 import resolve
 import run_dir
 import train
@@ -50,18 +54,13 @@ from config import RunConfig
 ROOT = Path(train.__file__).parent
 BASE = RunConfig(model="minilm", dataset="rotten_tomatoes", trainer={"disable_tqdm": True})
 PLAIN = {"no_unpadding": True}
-GROUPED = {"trainer": {"disable_tqdm": True, "train_sampling_strategy": "group_by_length"}}
-BF16 = {"bf16": True, "trainer": {"disable_tqdm": True, "use_cpu": not torch.cuda.is_available()}}
-# what each variant changes: fields of RunConfig, and parts of unpad.py on the plain model
-VARIANTS: dict[str, tuple[dict, str]] = {
-    "fixed padding to 128": (PLAIN, "pad"),
-    "padding to the longest": (PLAIN, ""),
-    "longest + like lengths together": (PLAIN | GROUPED, ""),
-    "longest + quick dropout": (PLAIN, "dropout"),
-    "longest + no padding in the encoder": (PLAIN, "unpad"),
-    "both (train.py's way)": ({}, ""),
-    "both + like lengths together": (GROUPED, ""),
-    "both + bf16": (BF16, ""),
+# what each variant changes: fields of RunConfig. The mean of a row's tokens needs all of the last layer.
+VARIANTS = {
+    "fixed padding to 128": PLAIN,
+    "padding to the longest": PLAIN,
+    "no padding, all of the last layer (--pooling mean)": {"pooling": "mean"},
+    "no padding, the last layer for [CLS] alone": {},
+    "the same in bf16": {"bf16": True},
 }
 KINDS = {  # of operators, by the beginning of their names
     "matrix products": ("aten::mm", "aten::addmm"),
@@ -120,15 +119,10 @@ def trained(trainer: Trainer) -> float:
 
 
 def trainer_of(variant: str, data: Path) -> Trainer:
-    changes, parts = VARIANTS[variant]
-    trainer = prepare(data, num_train_epochs=1, **changes).trainer
-    tokenizer = trainer.processing_class
-    if "pad" in parts.split():
-        trainer.data_collator = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=128)
-    if "unpad" in parts:
-        unpad.unpad(trainer.model)
-    if "dropout" in parts:
-        unpad.use_quick_dropout(trainer.model)
+    trainer = prepare(data, num_train_epochs=1, **VARIANTS[variant]).trainer
+    if variant.startswith("fixed"):
+        fixed = {"padding": "max_length", "max_length": 128}
+        trainer.data_collator = DataCollatorWithPadding(trainer.processing_class, **fixed)
     return trainer
 
 
@@ -332,7 +326,11 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 def whole_grid(data: Path, rounds: int) -> dict:
-    """A grid of 24 demo runs from its command to its end: the time in which no run was under way, and none trained."""
+    """A grid of 24 demo runs from its command to its end: the time in which no run was under way, and none trained.
+
+    The runs an hour against those of peer.py, one after another with all cores: a run of each of the demo's three
+    kinds, which have as many cells each.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name in data_prep.DEMO:
             data_prep.prepare(name, data_dir=f"{folder}/data")
@@ -347,15 +345,52 @@ def whole_grid(data: Path, rounds: int) -> dict:
             seconds, end = result["seconds"], (datetime.fromisoformat(result["finished"]) - begun).total_seconds()
             under_way.append((end - seconds["total"], end))
             trained.append((end - seconds["train"] - seconds["evaluate"], end))
+        one_of_each = {run.dataset + run.tuning: run for run in grid.expand(paper.PRESETS["demo"], {})}
+        started = time.time()
+        for run in one_of_each.values():
+            flags = [f"{folder}/data/{run.dataset}", str(models.find_model("minilm")[0]), f"{folder}/peer", run.tuning]
+            flags += [str(run.num_train_epochs), str(run.learning_rate)]
+            subprocess.run([sys.executable, "benchmarks/peer.py", *flags], cwd=ROOT, check=True, capture_output=True)
+        peer = (time.time() - started) / len(one_of_each)
     row = {"runs": len(trained), "seconds": round(total, 1), "before the first": round(min(under_way)[0], 1)}
     row |= {
         "no run under way": f"{1 - covered(under_way) / total:.1%}",
         "none trained": f"{1 - covered(trained) / total:.1%}",
     }
+    row |= {
+        "runs an hour": round(3600 * len(trained) / total),
+        "of peer.py": round(3600 / peer),
+        "ratio": round(peer * len(trained) / total, 2),
+    }
     show({"grid": row}, "A grid of demo runs")
     return {"rows": {"grid": row}, "seconds": {"under way": under_way, "trained": trained}}
 
 
+def shared_machine(data: Path, rounds: int) -> dict:
+    """Twelve steps of train.py with a thread on each core, alone and beside a busy process on each core.
+
+    Threads that wait for one another spin 10,000 times before they let others have the core (train.py's), or 300,000
+    times (libgomp's own).
+    """
+    cores, times = os.cpu_count(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn, beside in product(range(rounds), (0, cores)):
+            others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
+            for spins in (10_000, 300_000):
+                wanted = replace(BASE, data_dir=str(data), max_steps=12, output_dir=f"{folder}/{turn}-{beside}-{spins}")
+                environment = os.environ | {"GOMP_SPINCOUNT": str(spins), "OMP_NUM_THREADS": str(cores)}
+                command = [sys.executable, "train.py", *wanted.flags()]
+                subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+                seconds = run_dir.load_valid_result(resolve.resolve_run(wanted))["seconds"]["train"]
+                times.setdefault(f"{spins} spins, {beside} beside", []).append(seconds)
+            for process in others:
+                process.kill()
+    rows = {name: {"seconds": round(median, 1)} for name, median in medians(times).items()}
+    show(rows, "Twelve steps beside busy processes")
+    return {"rows": rows, "seconds": times}
+
+
+BY_THREADS = ("training", "profile")  # with one thread, too
 PARTS = {
     "training": training,
     "evaluation": evaluation,
@@ -364,6 +399,7 @@ PARTS = {
     "probe": probe,
     "workers": side_by_side,
     "grid": whole_grid,
+    "shared": shared_machine,
 }
 
 
@@ -381,10 +417,11 @@ def main() -> None:
     about |= {"commit": common.git_commit(), "rounds": args.rounds}
     with tempfile.TemporaryDirectory() as folder:
         data_prep.prepare("rotten_tomatoes", train_size=384, test_size=192, data_dir=folder)
-        for part in args.part:
-            key = f"{part}, {torch.get_num_threads()} threads"
-            found[key] = about | PARTS[part](Path(folder), args.rounds)
-            path.write_text(json.dumps(found, indent=1) + "\n")
+        for part, threads in product(args.part, sorted({1, os.cpu_count()})):
+            if threads == os.cpu_count() or part in BY_THREADS:
+                torch.set_num_threads(threads)
+                found[f"{part}, {threads} threads"] = about | PARTS[part](Path(folder), args.rounds)
+                path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

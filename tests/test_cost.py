@@ -80,17 +80,23 @@ def test_speed_of_finished_runs(rte: RunConfig) -> None:
 
 
 # Three runs of 4,958,080 passes at a millisecond, and a second each, on two processes: 7,438.6 s; one alone 4,959.1 s.
-# What has not been run is timed.
-def test_prediction(rte: RunConfig, tiny_bert: Path) -> None:
+# What has not been run is timed. In bf16 half of that if steps take half as long, a fifth if runs did.
+def test_prediction(rte: RunConfig, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finish(rte, "a", 1 + 680 * 0.001)
+    monkeypatch.setattr(cost, "timed_rate", lambda run, row_tokens: 0.004 if run.bf16 else 0.008)
     threads = torch.get_num_threads()
     assert cost.predict([replace(rte, seed=seed) for seed in range(3)], 2, threads) == (
         "to do: 14.87 million tokens forward (a step counts three times), 3.2e+14 floating-point operations in the "
-        "encoders: about 2.1 hours (speed from finished runs)"
+        "encoders: about 2.1 hours, by finished runs; with --bf16 True about 62.0 minutes"
     )
     assert "about 82.7 minutes" in cost.predict([rte], 2, threads)
+    finish(rte, "b", 1 + 680 * 0.0002, bf16=True)
+    assert cost.predict([rte], 2, threads).endswith(
+        "82.7 minutes, by finished runs; with --bf16 True about 16.5 minutes"
+    )
+    assert cost.predict([replace(rte, bf16=True)], 2, threads).endswith("about 16.5 minutes, by finished runs")
     both = cost.predict([replace(rte, model=str(tiny_bert), max_length=16), rte], 2, threads)
-    assert both.endswith("(speed from finished runs and steps timed here)")
+    assert "by finished runs and steps timed here; with" in both
 
 
 # Also with a vocabulary of ten words, and where --max_length, which no run has checked yet, is more than can be read.
