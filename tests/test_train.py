@@ -270,16 +270,7 @@ def test_what_the_environment_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # What the Trainer works with stands in the result; a difference from the flags, wherever it comes from, is refused.
 def test_settings_in_force(flags: list[str], small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changes = [
-        "--label_smoothing_factor",
-        "0.1",
-        "--gradient_accumulation_steps",
-        "2",
-        "--bf16",
-        "True",
-        "--use_cpu",
-        "True",
-    ]
+    changes = ["--label_smoothing_factor", "0.1", "--gradient_accumulation_steps", "2", "--bf16", "True"]
     result = train.run_training(run_of([*flags, *changes, "--weight_decay", "0.5"]))
     expected = {"mixed_precision": "bf16", "train_batch_size": 32, "gradient_accumulation_steps": 2}
     expected |= {"label_smoothing": 0.1, "processes": 1, "tf32": False, "optimizer": "AdamW"}
