@@ -145,32 +145,28 @@ def unpad(model: PreTrainedModel, pooling: str = "cls") -> None:
     encoder_of(model).register_forward_pre_hook(flatten, with_kwargs=True)
     encoder_of(model).register_forward_hook(pooled)
     if pooling == "cls":
-        narrow_last_layer(model, lambda: layout.first)
+        narrow_last_layer(model, lambda: layout)
     model.set_attn_implementation("unpadded")
 
 
-def narrow_last_layer(model: PreTrainedModel, first: Callable[[], torch.Tensor]) -> None:
+def narrow_last_layer(model: PreTrainedModel, get_layout: Callable[[], UnpaddedLayout]) -> None:
     """Let the last layer of an unpadded encoder give [CLS] alone, shape (1, rows, hidden size); in place.
 
     Behind the last layer's attention no token reads another, so that those which the head does not read need no query,
-    no feed-forward, and have no gradient there. `first` gives the positions of [CLS] in the list of tokens.
+    no feed-forward, and have no gradient there. `get_layout` gives the layout of the batch in hand.
     """
     last = corrupt.encoder_layers(model)[-1]
     query, rest = (last.get_submodule(name) for name in UNPADDABLE[model.config.model_type])
-    shape = None
 
     def pick(module: nn.Module, args: tuple) -> tuple:
-        return tuple(tokens.index_select(1, first()) for tokens in args)
-
-    def pick_for_query(module: nn.Module, args: tuple) -> tuple:
-        nonlocal shape
-        shape = args[0].shape
-        return pick(module, args)
+        return tuple(tokens.index_select(1, get_layout().first) for tokens in args)
 
     def put_back(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output.new_zeros(shape[:2] + output.shape[2:]).index_copy(1, first(), output)
+        layout = get_layout()
+        whole = output.new_zeros(1, sum(rows * length for rows, length in layout.groups), output.shape[2])
+        return whole.index_copy(1, layout.first, output)  # the attention's views want a query of every token
 
-    query.register_forward_pre_hook(pick_for_query)
+    query.register_forward_pre_hook(pick)
     query.register_forward_hook(put_back)
     rest.register_forward_pre_hook(pick)
 
