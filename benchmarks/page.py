@@ -9,7 +9,7 @@ the runs, the tables and the page stay there.
 """
 
 import argparse
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -149,9 +149,11 @@ def plan(count: int) -> None:
 
 def time_script(name: str, *flags: str, label: str = "") -> None:
     started = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *flags], check=True, stdout=subprocess.DEVNULL)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
-    print(f"{name}.py {label} {time.perf_counter() - started:.1f} s, at most {peak:.0f} MiB until then", flush=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / f"{name}.py"), *flags], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{name}.py failed")
+    print(f"{name}.py {label} {time.perf_counter() - started:.1f} s, {used.ru_maxrss / 2**10:.0f} MiB", flush=True)
 
 
 def main() -> None:
