@@ -5,7 +5,7 @@
 Planning is grid.py's dry run of so many runs of the embedded model, of which none is there, or all. The other runs are
 made up: predictions with the paper's F1 for each cell and noise of a point for each run, constant ones for its
 outliers, of the size of Table 2's test splits or of N rows. More than 960 runs have further seeds. With --output_dir
-the runs, the tables and the page stay there.
+the runs, the tables and the page stay there. Memory is never less than this script's own, with which a process begins.
 """
 
 import argparse
