@@ -141,7 +141,7 @@ def test_the_model_is_what_it_was(flags: list[str], tiny_bert: Path, tmp_path: P
         corrupt.load_corrupted(tmp_path / "fine-tuned", "none", None, seed=0, num_labels=2)
 
 
-# At one seed the head and the batches are the same for every corruption; another seed moves both.
+# At one seed the head and the batches are the same for every corruption; another seed moves both, --data_seed one.
 def test_runs_are_paired(flags: list[str], small_data: Path) -> None:
     data = data_prep.load("rotten_tomatoes", small_data)
 
@@ -156,6 +156,8 @@ def test_runs_are_paired(flags: list[str], small_data: Path) -> None:
         assert torch.equal(head, other_head) and batches == other_batches
     other_head, other_batches = head_and_batches("--seed", "1")
     assert not torch.equal(head, other_head) and batches != other_batches
+    other_head, other_batches = head_and_batches("--data_seed", "1")
+    assert torch.equal(head, other_head) and batches != other_batches
 
 
 # Three epochs of two seeds have none in common, as they would with the library's seed of an epoch, seed + epoch.

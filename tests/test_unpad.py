@@ -29,8 +29,13 @@ def head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def both(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The library's model, and ours with the same weights, both without dropout."""
+    """The library's model, and ours with the same weights, both without dropout.
+
+    Matrices are large, so that attention chooses: with a new model's small ones every query gives nearly the same.
+    """
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+    for weight in corrupt.encoder_layers(model).parameters():
+        weight.data *= 20 if weight.dim() == 2 else 1
     ours, _ = corrupt.load_corrupted(folder, "none", None, seed=0, num_labels=3)
     ours.load_state_dict(model.state_dict())
     return model, ours.eval()
