@@ -375,16 +375,17 @@ def shared_machine(data: Path, rounds: int) -> dict:
     cores, times = os.cpu_count(), {}
     with tempfile.TemporaryDirectory() as folder:
         for turn, beside in product(range(rounds), (0, cores)):
-            others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
-            for spins in (10_000, 300_000):
-                wanted = replace(BASE, data_dir=str(data), max_steps=12, output_dir=f"{folder}/{turn}-{beside}-{spins}")
-                environment = os.environ | {"GOMP_SPINCOUNT": str(spins), "OMP_NUM_THREADS": str(cores)}
-                command = [sys.executable, "train.py", *wanted.flags()]
-                subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-                seconds = run_dir.load_valid_result(resolve.resolve_run(wanted))["seconds"]["train"]
-                times.setdefault(f"{spins} spins, {beside} beside", []).append(seconds)
-            for process in others:
-                process.kill()
+            with contextlib.ExitStack() as others:
+                for _ in range(beside):
+                    others.callback(subprocess.Popen([sys.executable, "-c", "while True: pass"]).kill)
+                for spins in (10_000, 300_000):
+                    name = f"{folder}/{turn}-{beside}-{spins}"
+                    wanted = replace(BASE, data_dir=str(data), max_steps=12, output_dir=name)
+                    environment = os.environ | {"GOMP_SPINCOUNT": str(spins), "OMP_NUM_THREADS": str(cores)}
+                    command = [sys.executable, "train.py", *wanted.flags()]
+                    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+                    seconds = run_dir.load_valid_result(resolve.resolve_run(wanted))["seconds"]["train"]
+                    times.setdefault(f"{spins} spins, {beside} beside", []).append(seconds)
     rows = {name: {"seconds": round(median, 1)} for name, median in medians(times).items()}
     show(rows, "Twelve steps beside busy processes")
     return {"rows": rows, "seconds": times}
