@@ -1,6 +1,7 @@
 """What every script needs: files that appear whole, digests, errors in one line, the set-up of a parser."""
 
 import argparse
+import json
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cache
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import NoReturn
 from uuid import uuid4
@@ -66,6 +67,21 @@ def sha256_of(path: Path) -> str:
 def _sha256(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
+
+
+def write_signed(path: Path, values: dict) -> None:
+    """`values` as JSON, its last entry the sha256 of all that stands before it: an edit shows."""
+    text = json.dumps(values, indent=1)[:-2]
+    path.write_text(f'{text},\n "sha256": "{sha256(text.encode()).hexdigest()}"\n}}\n', encoding="utf-8")
+
+
+def read_signed(path: Path) -> dict:
+    """What `write_signed` wrote. Raises ValueError if the file was edited."""
+    whole = path.read_text(encoding="utf-8")
+    text, _, end = whole.rpartition(',\n "sha256": "')
+    if end != f'{sha256(text.encode()).hexdigest()}"\n}}\n':
+        raise ValueError(f"{path.name} is not what was written, or of an older version")
+    return json.loads(whole)
 
 
 def file_lock(path: Path) -> FileLock:

@@ -67,7 +67,7 @@ AFFECTS = {
     "label_smoothing_factor": 0.0,
     "per_device_eval_batch_size": 64,
     "dataloader_in_order": True,
-    **dict.fromkeys(("lr_scheduler_kwargs", "optim_args", "optim_target_modules", "tf32", "data_seed"), None),
+    **dict.fromkeys(("lr_scheduler_kwargs", "optim_args", "optim_target_modules", "tf32"), None),
     **dict.fromkeys(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), None),
     **dict.fromkeys(("torch_compile_backend", "torch_compile_mode", "liger_kernel_config"), None),
     **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing", "neftune_noise_alpha"), None),
@@ -140,7 +140,16 @@ class RunConfig:
     pooling: str = setting(
         "cls", "what the head reads: [CLS], or the mean of the other tokens (Table 3)", choices=("cls", "mean")
     )
-    tuning: str = setting("full", "full: all trains; probe: the head on a frozen encoder (Table 4)")
+    tuning: str = setting(
+        "full", "full: all trains; probe: the head on a frozen encoder (Table 4); probe_converged: logistic regression"
+    )
+    probe_reads: str = setting(
+        "cls", "what a converged probe reads: the pooler's output, [CLS], or the mean of the other tokens",
+        choices=("pooler", "cls", "mean"),
+    )  # fmt: skip
+    probe_layers: str = setting(
+        "last", "all: a converged probe of each layer, too (layers.csv)", choices=("last", "all"), affects=False
+    )
     max_length: int = setting(64, "tokens; longer inputs are truncated", int)
     kaiming_a: float = setting(0.0, "negative slope of Kaiming's leaky ReLU", float)
     no_unpadding: bool = setting(False, "the library's own encoder, with padding: slower, other dropout masks", truth)
@@ -159,6 +168,9 @@ class RunConfig:
     )
     per_device_train_batch_size: int = setting(32, "rows of a step", int, group=TRAINING)
     seed: int = setting(0, "of the draws, the head, the order of the rows, and dropout", int, group=TRAINING)
+    corrupt_seed: int | None = setting(None, "of the corruption's draws, if another", int, group=TRAINING)
+    head_seed: int | None = setting(None, "of the new head, if another", int, group=TRAINING)
+    data_seed: int | None = setting(None, "of the order of the rows, if another", int, group=TRAINING)
     bf16: bool = setting(False, "bfloat16: other numbers, faster where the processor has it", truth, group=TRAINING)
     report_to: str = setting(
         "none", "each run reports under its folder's name", choices=REPORTERS, affects=False, group=TRAINING
@@ -167,7 +179,9 @@ class RunConfig:
     trainer: dict = field(default_factory=dict)  # other fields of TrainingArguments
 
     def __post_init__(self) -> None:
-        positive = ("num_train_epochs", "per_device_train_batch_size")
+        if self.tuning == "probe_converged":
+            self._without_training()
+        positive = ["per_device_train_batch_size"] + ["num_train_epochs"] * (self.tuning != "probe_converged")
         counts = {name: getattr(self, name) for name in positive} | {
             name: self.trainer.get(name, 1) for name in ("per_device_eval_batch_size", "gradient_accumulation_steps")
         }
@@ -178,14 +192,25 @@ class RunConfig:
             raise InputError(
                 f"--learning_rate {self.learning_rate} is not a learning rate: the paper's are 1e-5 to 5e-5"
             )
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed {self.seed} is not from 0 to {2**32 - 1}")
+        for name in ("seed", "corrupt_seed", "head_seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise InputError(f"--{name} {getattr(self, name)} is not from 0 to {2**32 - 1}")
+            if name != "seed" and getattr(self, name) == self.seed:
+                object.__setattr__(self, name, None)  # says nothing that --seed does not
         if self.max_steps == 0:
             raise InputError("--max_steps 0 trains nothing: leave it out, or give a number above 0")
         if not math.isfinite(self.kaiming_a):
             raise InputError(f"--kaiming_a {self.kaiming_a} is not finite")
-        if self.tuning == "probe" and (self.save_model or self.save_vectors):
-            raise InputError("--tuning probe does not change the encoder: --save_model and --save_vectors need full")
+        if self.tuning.startswith("probe") and (self.save_model or self.save_vectors):
+            raise InputError(
+                f"--tuning {self.tuning} does not change the encoder: --save_model and --save_vectors need full"
+            )
+        if self.tuning != "probe_converged" and (self.probe_reads, self.probe_layers) != ("cls", "last"):
+            raise InputError("--probe_reads and --probe_layers are of --tuning probe_converged: leave them out")
+        if (self.probe_reads, self.probe_layers) == ("pooler", "all"):
+            raise InputError(
+                "--probe_layers all needs --probe_reads cls or mean: the pooler reads the last layer alone"
+            )
         if self.report_to != "none" and not find_spec(self.report_to):
             raise InputError(f"--report_to {self.report_to} needs the package: pip install {self.report_to}")
         for name, value in self.trainer.items():
@@ -193,6 +218,15 @@ class RunConfig:
                 raise InputError(
                     f"--{name} is fixed to {PROTOCOL[name]}, as every run's: leave it out (docs/decisions.md)"
                 )
+
+    def _without_training(self) -> None:
+        """A converged probe has no steps: its learning rate and its epochs are 0, whatever the defaults are."""
+        for name in ("learning_rate", "num_train_epochs", "max_steps"):
+            if getattr(self, name) not in (FIELDS[name].default, 0.0):
+                raise InputError(f"--tuning probe_converged has no --{name}: it trains until it has converged")
+            object.__setattr__(self, name, 0.0 if name != "max_steps" else -1)
+        if self.pooling != "cls":
+            raise InputError("--pooling is what a head reads: --tuning probe_converged takes --probe_reads mean")
 
     def flags(self) -> list[str]:
         """The flags of train.py that say this; model and data set first, then those that are not at their default."""

@@ -187,12 +187,14 @@ def load_corrupted(
     seed: int,
     kaiming_a: float = 0.0,
     method: str = "reinit",
+    head_seed: int | None = None,
     **config: object,
 ) -> tuple[PreTrainedModel, dict]:
     """The model-loading hook: a pre-trained encoder with a new head, corrupted, in float32; and the manifest of it.
 
     The head of `AutoModelForSequenceClassification` is drawn from a stream of its own, so that it is the same for
-    every corruption. `config` goes to the model's configuration (`num_labels`, ...). Raises InputError.
+    every corruption; `head_seed` is `seed` unless it is given. `config` goes to the model's configuration
+    (`num_labels`, ...). Raises InputError.
     """
     usual = {"problem_type": "single_label_classification", "return_dict": True, "classifier_pooling": "cls"}
     usual |= {"output_hidden_states": False, "output_attentions": False}
@@ -202,7 +204,7 @@ def load_corrupted(
     logging.set_verbosity_error()  # the library's report of new weights says what the manifest says
     logging.disable_progress_bar()
     with explain(f"the weights in {folder} cannot be loaded", Exception), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(named_generator(seed, "head").initial_seed())
+        torch.manual_seed(seed_of(seed if head_seed is None else head_seed, "head"))
         model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **config)
         new = check_loaded(folder, model, info)
     logging.set_verbosity(verbosity)

@@ -78,7 +78,7 @@ def passes(run: RunConfig, counts: tuple[int, int]) -> float:
     train, test = counts
     steps = math.ceil(count_rows(run.dataset, run.data_dir)[0] / run.per_device_train_batch_size)
     epochs = run.max_steps / steps if run.max_steps > 0 else run.num_train_epochs
-    return train + test if run.tuning == "probe" else 3 * epochs * train + math.ceil(epochs) * test
+    return train + test if run.tuning.startswith("probe") else 3 * epochs * train + math.ceil(epochs) * test
 
 
 def relative_cost(run: RunConfig) -> float:
@@ -93,7 +93,7 @@ def finished_rates(output_dir: Path) -> dict[tuple, float]:
         try:
             result = run_dir.read_result(path.parent)
             s, (train, test) = result["settings"], result["data"]["tokens"].values()
-            read = train + test if s["tuning"] == "probe" else result["epochs"] * (3 * train + test)
+            read = train + test if s["tuning"].startswith("probe") else result["epochs"] * (3 * train + test)
             if s["max_steps"] < 0:
                 seconds = max(0.1, result["seconds"]["total"] - RUN_SECONDS)
                 rates.setdefault((s["model"], s["tuning"], s["bf16"]), []).append(seconds / read)

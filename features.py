@@ -1,12 +1,15 @@
-"""What many runs read and one computes: token ids, and the encoder's outputs for a linear probe.
+"""What many runs read and one computes: token ids, what needs no encoder, and the encoder's outputs for a probe.
 
-Tokens are computed once for each (data set, tokenizer, length), the encoder's outputs for a probe once for each (model,
-corruption, data set, pooling). The process that comes first computes them; the others wait and read them from disk.
+Tokens and floors are computed once for each (data set, tokenizer, length), the encoder's outputs for a probe once for
+each (model, corruption, data set, pooling). The process that comes first computes them; the others wait and read them
+from disk.
 """
 
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,12 +17,17 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.pipeline import make_pipeline
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from common import InputError, atomic_write, explain, file_lock, sha256_of
+import stats
+from common import InputError, atomic_write, explain, file_lock, read_signed, sha256_of, write_signed
 
 TEXTS = ("text", "sentence1", "sentence2")  # the columns of a prepared set that a tokenizer reads
 MOST_UNKNOWN = 0.05  # of the tokens
@@ -95,7 +103,29 @@ def tokenise(
     return tokens, order
 
 
-# ---- The linear probe's features (Table 4) ----
+def compute_floors(tokens: datasets.DatasetDict, special_ids: list[int], folder: Path) -> dict[str, float]:
+    """What the test split gives without an encoder, as weighted F1 from 0 to 1; computed once, in `folder`.
+
+    `constant` is always the most frequent class, `guessing` draws each row's class with the classes' shares, `words` is
+    a logistic regression on TF-IDF of the same word pieces of the same train rows (scikit-learn's defaults).
+    """
+    path = folder / "floors.json"
+    with file_lock(folder.with_name(f".{folder.name}.lock")):
+        with suppress(OSError, ValueError):
+            return {name: read_signed(path)[name] for name in ("constant", "guessing", "words")}
+        pieces, labels = ({part: rows[column][:] for part, rows in tokens.items()} for column in ("input_ids", "label"))
+        vectors = TfidfVectorizer(analyzer=lambda ids: [i for i in ids if i not in special_ids])
+        words = make_pipeline(vectors, LogisticRegression(max_iter=10_000))
+        guesses = words.fit(pieces["train"], labels["train"]).predict(pieces["test"])
+        constant, guessing = stats.class_floors(np.bincount(labels["test"]) / len(labels["test"]))
+        f1 = f1_score(labels["test"], guesses, average="weighted", zero_division=0)
+        floors = {"constant": constant, "guessing": guessing, "words": f1}
+        with atomic_write(path) as aside:
+            write_signed(aside, floors)
+        return floors
+
+
+# ---- The encoder's outputs, for a probe (Table 4) ----
 
 
 class CachedEncoder(nn.Module):
@@ -108,49 +138,63 @@ class CachedEncoder(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds.unsqueeze(1), pooler_output=inputs_embeds)
 
 
-def encoder_output(model: PreTrainedModel, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-    output = model.base_model(**tokens)
-    return output.last_hidden_state[:, 0] if output.get("pooler_output") is None else output.pooler_output
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen encoder, and how rows of tokens become a batch of it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    autocast: torch.dtype | None
+
+    def batch_of(self, rows: dict) -> dict[str, torch.Tensor]:
+        tokens = {name: rows[name] for name in self.tokenizer.model_input_names if name in rows}
+        return self.tokenizer.pad(tokens, return_tensors="pt").to(self.device)
+
+    @torch.no_grad()
+    def outputs(
+        self, data: datasets.DatasetDict, read: Callable, folder: Path, batch_size: int
+    ) -> datasets.DatasetDict:
+        """What `read` takes of the encoder's output for all rows of `data` (tokens), computed once, with dropout off,
+        in `folder`. `read` gets the model and a batch, and gives columns of shape (rows, hidden size)."""
+        self.model.eval().to(self.device)
+        orders = {part: np.argsort(rows["length"], kind="stable") for part, rows in data.items()}
+        by_length = datasets.DatasetDict({part: rows.select(orders[part]) for part, rows in data.items()})
+
+        def encode(rows: dict) -> dict:
+            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                columns = read(self.model, self.batch_of(rows))
+            return {name: values.float().cpu().numpy() for name, values in columns.items()}
+
+        others = [name for name in data["train"].column_names if name not in ("label", "length")]
+        outputs = cached_map(by_length, encode, folder, batch_size=batch_size, remove_columns=others)
+        return datasets.DatasetDict(
+            {part: rows.select(np.argsort(orders[part])) for part, rows in outputs.items()}
+        ).with_format("torch")
+
+
+def read_as_head(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the head reads: the pooler's output where there is one, else position 0."""
+    output = model.base_model(**batch)
+    pooled = output.get("pooler_output")
+    return {"inputs_embeds": output.last_hidden_state[:, 0] if pooled is None else pooled}
 
 
 @torch.no_grad()
-def probe_features(
-    model: PreTrainedModel,
-    data: datasets.DatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    batch_size: int,
-    device: torch.device,
-    autocast: torch.dtype | None,
-) -> datasets.DatasetDict:
-    """The frozen encoder's outputs for all rows of `data` (tokens), computed once, with dropout off, in `folder`.
+def probe_features(encoder: Encoder, data: datasets.DatasetDict, folder: Path, batch_size: int) -> datasets.DatasetDict:
+    """What the head reads of all rows of `data` (tokens), in `folder`.
 
     Leaves the model with `CachedEncoder` in the place of its encoder, so that what trains is its head alone. Raises
     InputError if the head then gives other logits than the whole model does.
     """
-    model.eval().to(device)
-    orders = {part: np.argsort(rows["length"], kind="stable") for part, rows in data.items()}
-    by_length = datasets.DatasetDict({part: rows.select(orders[part]) for part, rows in data.items()})
-
-    def batch_of(rows: dict) -> dict[str, torch.Tensor]:
-        tokens = {name: rows[name] for name in tokenizer.model_input_names if name in rows}
-        return tokenizer.pad(tokens, return_tensors="pt").to(device)
-
-    def encode(rows: dict) -> dict:
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            return {"inputs_embeds": encoder_output(model, batch_of(rows)).float().cpu().numpy()}
-
-    others = [name for name in data["train"].column_names if name not in ("label", "length")]
-    outputs = cached_map(by_length, encode, folder, batch_size=batch_size, remove_columns=others)
-
-    few = by_length["test"][:8]
-    logits = model(**batch_of(few)).logits
+    outputs, model = encoder.outputs(data, read_as_head, folder, batch_size), encoder.model
+    few = data["test"][:8]
+    logits = model(**encoder.batch_of(few)).logits
     setattr(model, model.base_model_prefix, CachedEncoder())
-    outputs = datasets.DatasetDict({part: rows.select(np.argsort(orders[part])) for part, rows in outputs.items()})
-    of_few = outputs["test"].select(orders["test"][:8]).with_format("torch")["inputs_embeds"][:]
-    if not torch.allclose(model(inputs_embeds=of_few.to(device)).logits, logits, atol=1e-1 if autocast else 1e-4):
+    of_few = outputs["test"]["inputs_embeds"][:8].to(encoder.device)
+    if not torch.allclose(model(inputs_embeds=of_few).logits, logits, atol=1e-1 if encoder.autocast else 1e-4):
         raise InputError(
             f"{type(model).__name__} cannot be probed: its head reads more than position 0 or the pooler's output, or "
             f"{folder} holds another encoder's outputs: delete it, or use --tuning full"
         )
-    return outputs.with_format("torch")
+    return outputs

@@ -15,7 +15,6 @@ import traceback
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from hashlib import sha256
 from pathlib import Path
 from typing import TextIO
 
@@ -24,7 +23,7 @@ import pandas as pd
 from filelock import Timeout
 
 import stats
-from common import InputError, RunError, atomic_write, explain, file_lock, in_worker, one_line, sha256_of
+from common import InputError, RunError, atomic_write, explain, file_lock, in_worker, one_line, read_signed, sha256_of
 from config import NEUTRAL_VALUES, RESULTS_VERSION, Run, run_name
 
 # What reading a file that is not what it should be can raise.
@@ -38,19 +37,9 @@ def refuse(reason: str) -> None:
     print(f"{reason}: running it again", file=sys.stderr)
 
 
-def write_result(path: Path, result: dict) -> None:
-    """`result` as JSON, its last entry the sha256 of all that stands before it: an edit shows."""
-    text = json.dumps(result, indent=1)[:-2]
-    path.write_text(f'{text},\n "sha256": "{sha256(text.encode()).hexdigest()}"\n}}\n', encoding="utf-8")
-
-
 def read_result(folder: Path) -> dict:
     """The folder's result.json. Raises ValueError if it was edited or is under another name than its settings give."""
-    whole = (folder / "result.json").read_text(encoding="utf-8")
-    text, _, end = whole.rpartition(',\n "sha256": "')
-    if end != f'{sha256(text.encode()).hexdigest()}"\n}}\n':
-        raise ValueError("result.json is not what the run wrote, or of an older version")
-    result = json.loads(whole)
+    result = read_signed(folder / "result.json")
     if (made_by := result["settings"].get("results_version")) != RESULTS_VERSION:
         raise ValueError(f"its results_version is {made_by}, this code's is {RESULTS_VERSION}")
     result["settings"] = NEUTRAL_VALUES | result["settings"]  # what a flag that is new has made of no result
@@ -104,8 +93,10 @@ def load_valid_result(run: Run, digests: bool = True) -> dict | None:
                 return refuse(f"{run.folder}/{name} is not what the run wrote")
     except UNREADABLE as error:
         return refuse(f"{run.folder}: {one_line(error)}")
-    for wanted, name in ((run.config.save_model, "model"), (run.config.save_vectors, "vectors.npy")):
-        if wanted and not (run.folder / name).exists():
+    wanted = run.config
+    kept = {"model": wanted.save_model, "vectors.npy": wanted.save_vectors, "layers.csv": wanted.probe_layers == "all"}
+    for name, asked in kept.items():
+        if asked and not (run.folder / name).exists():
             return refuse(f"{run.folder} has no {name}")
     return result
 

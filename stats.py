@@ -8,11 +8,13 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
+from sklearn.metrics import cohen_kappa_score
 
 COMPARED = ["rows", "f1_bottom", "f1_top", "difference", "low", "high"]
 COMPARED += ["n_only_bottom_correct", "n_only_top_correct", "p_mcnemar"]
 HALVES = ("weighted_f1_half_a", "weighted_f1_half_b")
-COLLAPSED = 0.99  # of the predictions are one class
+COLLAPSED = 0.95  # of the predictions are one class, and
+KAPPA = 0.02  # Cohen's kappa is below this: they say nothing about the labels
 RESAMPLES = 10_000
 
 
@@ -53,20 +55,38 @@ def picked_on_halves(epochs: pd.DataFrame) -> dict[str, float]:
     return {"picked_on_a": half_a[a], "then_on_b": half_b[a], "picked_on_b": half_b[b], "then_on_a": half_a[b]}
 
 
-def collapse_stats(predictions: pd.DataFrame) -> dict[str, float | bool]:
-    """The share of the most predicted class (percent), and whether the run is collapsed: at least 99 %.
+def class_floors(shares: np.ndarray) -> tuple[float, float]:
+    """Weighted F1 (0 to 1) of always predicting the most frequent class, and the expected one of drawing each row's
+    class with the classes' `shares`."""
+    return float(constant_f1(shares.max())), float((shares**2).sum())
 
-    `constant_f1`, of a collapsed run, is the F1 of predicting only that class: 2p^2 / (1 + p), where p is the class's
-    share in the labels. Section 4.4's outliers are such numbers. `floor` is the larger F1 of predicting the most
-    frequent class, and of drawing each row's class with the classes' shares.
+
+def constant_f1(share: float) -> float:
+    """Weighted F1 (0 to 1) of predicting one class of that share in the labels for every row."""
+    return 2 * share**2 / (1 + share)
+
+
+def collapse_stats(predictions: pd.DataFrame) -> dict[str, float | bool]:
+    """The share of the most predicted class (percent), whether the run is collapsed, and the test split's `floor`.
+
+    A run is collapsed if 95 % of its predictions or more are one class and Cohen's kappa, their agreement with the
+    labels beyond chance, is under 0.02: Mosbach et al. (2021) call such runs failed. `constant_f1`, of a collapsed run,
+    is the F1 of predicting only that class; section 4.4's outliers are such numbers. `floor` is the larger one of
+    `class_floors`.
     """
     labels, guesses = (np.bincount(predictions[name]) / len(predictions) for name in ("label", "prediction"))
     most = guesses.argmax()
-    collapsed, p = bool(guesses[most] >= COLLAPSED), labels[most] if most < len(labels) else 0.0
-    constant_f1 = 100 * 2 * p**2 / (1 + p) if collapsed else np.nan
-    floor = 100 * max(2 * labels.max() ** 2 / (1 + labels.max()), (labels**2).sum())
-    shares = {"most_predicted": 100 * guesses[most], "floor": floor}
-    return {**shares, "collapsed": collapsed, "constant_f1": constant_f1}
+    of_most = labels[most] if most < len(labels) else 0.0
+    collapsed = bool(guesses[most] >= COLLAPSED) and kappa(predictions["label"], predictions["prediction"]) < KAPPA
+    constant = 100 * constant_f1(of_most) if collapsed else np.nan
+    shares = {"most_predicted": 100 * guesses[most], "floor": 100 * max(class_floors(labels))}
+    return {**shares, "collapsed": collapsed, "constant_f1": constant}
+
+
+def kappa(labels: pd.Series, predictions: pd.Series) -> float:
+    """Cohen's kappa; 0 where labels and predictions are one class, which says nothing."""
+    value = cohen_kappa_score(labels, predictions)
+    return 0.0 if np.isnan(value) else float(value)
 
 
 def same_seeds(runs: pd.DataFrame, cell: list[str]) -> tuple[pd.DataFrame, list[str]]:

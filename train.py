@@ -57,14 +57,16 @@ import features
 import model_check
 import models
 import paper
+import probe
 import resolve
 import run_dir
 import stats
 import unpad
-from common import USER_ERRORS, InputError, RunError, explain, fail, git_commit, in_worker, one_line
+from common import USER_ERRORS, InputError, RunError, explain, fail, git_commit, in_worker, one_line, write_signed
 from config import Run, RunConfig
 
 METRIC = Path(__file__).parent / "metrics" / "weighted_f1"
+SEEDS = ("corrupt_seed", "head_seed", "data_seed")  # each is --seed unless it is given
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "numpy")
 
 
@@ -88,24 +90,37 @@ def tune_full(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
 
 def tune_probe(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
     """The head trains, on what the frozen encoder gives (section A.2); that is computed once for all learning rates."""
-    model, tokens, tokenizer, run, args = parts
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    folder = run.work_dir.parent.with_name("features") / features.key_of(encoder_settings(run, args))
-    batch_size = args.per_device_eval_batch_size
-    outputs = features.probe_features(model, tokens, tokenizer, folder, batch_size, args.device, dtype)
-    return outputs, default_data_collator
+    batch_size = parts.args.per_device_eval_batch_size
+    return features.probe_features(
+        frozen(parts), parts.tokens, features_folder(parts), batch_size
+    ), default_data_collator
+
+
+def tune_probe_converged(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
+    """Nothing trains by steps: `run_training` fits probe.py's logistic regression to what the frozen encoder gives."""
+    wanted = parts.run.config
+    reader, folder = probe.layer_reader(wanted.probe_reads, wanted.probe_layers == "all"), features_folder(parts)
+    return frozen(parts).outputs(
+        parts.tokens, reader, folder, parts.args.per_device_eval_batch_size
+    ), default_data_collator
 
 
 # --tuning
-TUNINGS = {"full": tune_full, "probe": tune_probe}
+TUNINGS = {"full": tune_full, "probe": tune_probe, "probe_converged": tune_probe_converged}
 
 
-def encoder_settings(run: Run, args: TrainingArguments) -> dict:
-    """All that a frozen encoder's outputs depend on: every setting but those of the head's training."""
-    of_head = {"learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "tuning"}
+def frozen(parts: Trainable) -> features.Encoder:
+    dtype = torch.bfloat16 if parts.args.bf16 else torch.float16 if parts.args.fp16 else None
+    return features.Encoder(parts.model, parts.tokenizer, parts.args.device, dtype)
+
+
+def features_folder(parts: Trainable) -> Path:
+    """Named for all that a frozen encoder's outputs depend on: every setting but those of the head's training."""
+    run, of_head = parts.run, {"learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"}
     settings = {name: value for name, value in run.settings.items() if name not in of_head}
-    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    return settings | packages | {"device": device_of(args)}
+    settings |= {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    settings |= {"device": device_of(parts.args), "layers": run.config.probe_layers}
+    return run.work_dir.parent.with_name("features") / features.key_of(settings)
 
 
 # ---- The Trainer ----
@@ -150,6 +165,8 @@ def in_force(trainer: Trainer) -> dict:
 
 def optimizer_of(trainer: Trainer) -> dict:
     """The optimizer that trained, and its settings; the weights in one group, without decay in another if there is."""
+    if trainer.optimizer is None:
+        return {"optimizer": None}  # of a converged probe
     groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in trainer.optimizer.param_groups]
     return {"optimizer": type(trainer.optimizer.optimizer).__name__, "groups": groups}
 
@@ -162,7 +179,7 @@ class PreparedRun(NamedTuple):
     test: pd.DataFrame  # of each of its rows: `row` of the source, `label`, and `group` where rows belong together
     corruption: dict  # the corruption's manifest
     speed: dict  # what is not the library's way
-    tokens: dict  # in each split, without padding
+    data: dict  # tokens in each split, without padding, and what the test split gives without an encoder
     predicted: list[np.ndarray]  # filled by each evaluation: the predicted class of each row, in `order`
 
 
@@ -180,19 +197,22 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
 
     labels = dict(enumerate(data["train"].features["label"].names))
     label2id = {name: label for label, name in labels.items()}
+    seeds = {name: wanted.seed if getattr(wanted, name) is None else getattr(wanted, name) for name in SEEDS}
     model, corruption = corrupt.load_corrupted(
         run.model_folder,
         wanted.corrupt,
         wanted.frac,
-        wanted.seed,
+        seeds["corrupt_seed"],
         wanted.kaiming_a,
         wanted.method,
+        seeds["head_seed"],
         id2label=labels,
         label2id=label2id,
     )
     if models.model_fingerprint(run.model_folder) != run.settings["model_fingerprint"]:
         raise RunError(f"{run.model_folder} was changed while it was being loaded: start the run again")
     plain = wanted.no_unpadding or args.device.type != "cpu"  # none of it has been measured on a GPU
+    plain |= wanted.tuning == "probe_converged"  # which reads every layer and every token
     speed = {"unpadded": unpad.speed_up_encoder(model, wanted.pooling, plain)}
     rows, collator = TUNINGS[wanted.tuning](Trainable(model, tokens, tokenizer, run, args))
     metric, predicted = evaluate.load(str(METRIC), keep_in_memory=True), []
@@ -216,7 +236,7 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     # epoch k's order has the seed data_seed + k: with the plain seed, that of epoch 2 would be seed 1's of epoch 1
-    args.data_seed = corrupt.seed_of(args.seed if args.data_seed is None else args.data_seed, "data order")
+    args.data_seed = corrupt.seed_of(seeds["data_seed"], "data order")
     trainer = Trainer(
         model_init=lambda: model,  # asked for twice, at first and when training begins: nothing trains it in between
         args=args,
@@ -229,8 +249,9 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
         callbacks=[callbacks.StopIfDiverged()],
     )
     in_force(trainer)
-    counts = {part: sum(rows["length"]) for part, rows in tokens.items()}
-    return PreparedRun(trainer, order, test, corruption, speed, counts, predicted)
+    known = {"tokens": {part: sum(rows["length"]) for part, rows in tokens.items()}}
+    known["floors"] = features.compute_floors(tokens, tokenizer.all_special_ids, folder)
+    return PreparedRun(trainer, order, test, corruption, speed, known, predicted)
 
 
 # ---- One run ----
@@ -243,6 +264,8 @@ def check(wanted: RunConfig) -> None:
     training_arguments(wanted, Path(), "")
     folder, _ = models.find_model(wanted.model, wanted.revision)
     corrupt.check_corruptible(folder, wanted.corrupt, wanted.frac, wanted.method)
+    if wanted.probe_reads == "pooler" and getattr(corrupt.empty_model(folder).base_model, "pooler", None) is None:
+        raise InputError(f"{wanted.model} has no pooler: give --probe_reads cls or mean")
     longest = model_check.longest_input(folder)
     if not 8 <= wanted.max_length <= longest:
         raise InputError(f"--max_length {wanted.max_length} is not from 8 to {longest}, what {wanted.model} can read")
@@ -259,7 +282,7 @@ def run_training(run: Run) -> dict:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % of the time and repeats nothing
         data = data_prep.load(run.config.dataset, run.config.data_dir, run.data["fingerprint"])
-        trainer, order, test, corruption, speed, tokens, predicted = prepare_run(run, data)
+        trainer, order, test, corruption, speed, known, predicted = prepare_run(run, data)
         device = device_of(trainer.args)
 
         checkpoint, before = (run_dir.last_checkpoint(run) if run.config.resume else None) or (None, {})
@@ -280,14 +303,12 @@ def run_training(run: Run) -> dict:
         watchers = [timer, callbacks.Checkpoints(run, progress), callbacks.Progress(run)]
         for callback in [*watchers, *callbacks.reporters(run, resumed=checkpoint is not None)]:
             trainer.add_callback(callback)
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except Exception as error:
-            if should_reduce_batch_size(error):
-                raise MemoryError(out_of_memory(run, trainer.args)) from error
-            raise
-
-        epochs = epoch_table(trainer.state.log_history)
+        if run.config.tuning == "probe_converged":
+            epochs, guesses = fit_probe(trainer, test, order, new)
+            predicted.append(guesses)
+        else:
+            train(trainer, run, checkpoint)
+            epochs = epoch_table(trainer.state.log_history)
         evaluating = sum(row.get("eval_runtime", 0) for row in trainer.state.log_history)
         best = epochs.to_dict("records")[epochs["weighted_f1"].idxmax()]
         best_classes, rows = predicted[epochs["weighted_f1"].idxmax()], np.argsort(order)
@@ -324,7 +345,7 @@ def run_training(run: Run) -> dict:
                 "parameters": trainer.model.num_parameters(),
             },
             "data": {name: run.data[name] for name in ("request", "source", "dropped", "rows", "rows_per_class")}
-            | {"tokens": tokens},
+            | known,
             "corruption": corruption,
             "in_force": in_force(trainer) | optimizer_of(trainer),
             "speed": speed,
@@ -336,9 +357,33 @@ def run_training(run: Run) -> dict:
             "commit": git_commit(),
             "files": run_dir.list_files(new),
         }
-        run_dir.write_result(new / "result.json", result)
+        write_signed(new / "result.json", result)
         run_dir.publish(run)
         return result
+
+
+def train(trainer: Trainer, run: Run, checkpoint: Path | None) -> None:
+    """Train, from the checkpoint on if there is one; raises MemoryError with what to do about it."""
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if should_reduce_batch_size(error):
+            raise MemoryError(out_of_memory(run, trainer.args)) from error
+        raise
+
+
+def fit_probe(trainer: Trainer, test: pd.DataFrame, order: np.ndarray, folder: Path) -> tuple[pd.DataFrame, np.ndarray]:
+    """Fit a converged probe to each layer that was read; the last one's scores, as the one row of an epoch table, and
+    its predictions, in `order`. With several layers `layers.csv` in `folder` has the scores of all."""
+    guesses, layers = probe.fit_layers({"train": trainer.train_dataset, "test": trainer.eval_dataset})
+    half = stats.split_halves(test["label"], test.get("group"))[order]
+    labels, classes = test["label"].to_numpy()[order], trainer.model.num_labels
+    scores = pd.DataFrame(layers).join(stats.score_epochs(labels, guesses, half, classes))
+    if len(scores) > 1:
+        scores.to_csv(folder / "layers.csv", index=False)
+    last = scores.iloc[[-1]].rename(columns={"test_loss": "eval_loss"}).assign(epoch=1)
+    columns = ["epoch", "train_loss", "eval_loss", "accuracy", "weighted_f1", *stats.HALVES]
+    return last[columns].reset_index(drop=True), guesses[:, -1]
 
 
 def epoch_table(log: list[dict]) -> pd.DataFrame:

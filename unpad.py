@@ -61,19 +61,30 @@ def with_output(output: ModelOutput | tuple, hidden: torch.Tensor) -> ModelOutpu
 # ---- Pooling (Table 3) ----
 
 
+def first_token(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[CLS] of each row, the first position that is not padding: (rows, positions, hidden size) to (rows, hidden)."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), mask.argmax(dim=1)]
+
+
+def mean_of_others(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of each row's real tokens but [CLS]; [SEP] counts as a token. Shapes as of `first_token`."""
+    real = mask.to(hidden.dtype)
+    body = real.scatter(1, real.argmax(dim=1, keepdim=True), 0).unsqueeze(-1)
+    return (hidden * body).sum(dim=1) / body.sum(dim=1)
+
+
 def pool_mean(model: PreTrainedModel) -> RemovableHandle:
     """Put the mean over the non-[CLS], non-padding positions in the place of position 0, before pooler and head.
 
-    The paper's section A.1, for every architecture whose pooler or head reads position 0. [CLS] is the first position
-    that is not padding, [SEP] counts as a token. In place: the model has the hook until the handle's `remove()`.
+    The paper's section A.1, for every architecture whose pooler or head reads position 0. In place: the model has the
+    hook until the handle's `remove()`.
     """
     get_mask = mask_getter(model)
 
     def replace_first(module: nn.Module, args: tuple, output: ModelOutput | tuple) -> ModelOutput | tuple:
         hidden, mask = output[0], get_mask()  # (rows, positions, hidden size)
-        real = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.to(hidden.dtype)
-        body = real.scatter(1, real.argmax(dim=1, keepdim=True), 0).unsqueeze(-1)
-        mean = (hidden * body).sum(dim=1, keepdim=True) / body.sum(dim=1, keepdim=True)
+        mask = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask
+        mean = mean_of_others(hidden, mask)[:, None]
         return with_output(output, torch.cat([mean.to(hidden.dtype), hidden[:, 1:]], dim=1))
 
     return encoder_of(model).register_forward_hook(replace_first)

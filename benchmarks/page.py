@@ -21,6 +21,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import common
 import config
 import corrupt
 import cost
@@ -110,7 +111,7 @@ def write_run(
         "commit": None,
         "files": run_dir.list_files(folder),
     }
-    run_dir.write_result(folder / "result.json", result)
+    common.write_signed(folder / "result.json", result)
 
 
 def write_runs(
@@ -143,7 +144,7 @@ def plan(count: int) -> None:
             if state == "all are":
                 for run in map(resolve.resolve_run, runs):
                     run.folder.mkdir(parents=True)
-                    run_dir.write_result(run.folder / "result.json", {"settings": run.settings, "files": {}})
+                    common.write_signed(run.folder / "result.json", {"settings": run.settings, "files": {}})
             time_script("grid", *flags, "--dry_run", label=f"--dry_run of {len(runs)} runs, {state} there")
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
 import aggregate
+import common
 import paper
 import run_dir
 import stats
@@ -84,7 +85,7 @@ def write_result(
     result |= {"corruption": {"num_layers": layers, "layers": depth}, "resumed_from": [], "commit": None}
     result |= {"seconds": {"total": 1.0}, "device": {"type": "cpu", "name": "cpu", "threads": 1}, "finished": "2026"}
     result |= {"versions": {"python": "3", "torch": "2", "transformers": "5"}, "files": run_dir.list_files(folder)}
-    run_dir.write_result(folder / "result.json", result)
+    common.write_signed(folder / "result.json", result)
     return folder
 
 
@@ -98,7 +99,7 @@ def sign(folder: Path) -> None:
 def change(path: Path, result: dict | None = None, **changes: object) -> None:
     """Other values, under a digest that is right."""
     result = (result or json.loads(path.read_text())) | {"sha256": "gone"} | changes
-    run_dir.write_result(path, {name: value for name, value in result.items() if value != "gone"})
+    common.write_signed(path, {name: value for name, value in result.items() if value != "gone"})
 
 
 def cells_of(output_dir: Path) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import pytest
 from conftest import run_of
 from transformers import TrainingArguments
 
+import common
 import config
 import models
 import resolve
@@ -67,7 +68,7 @@ def test_every_field_of_the_library_is_classified() -> None:
     assert not wrong, f"not in just one of RunConfig, PROTOCOL, AFFECTS, NEUTRAL (times): {wrong}"
     gone = {*PROTOCOL, *AFFECTS, *NEUTRAL} - library
     assert not gone, f"not a field of TrainingArguments: {gone}"
-    neutral = {"data_dir", "output_dir", "report_to", "resume", "revision", "save_model", "save_vectors"}
+    neutral = {"data_dir", "output_dir", "probe_layers", "report_to", "resume", "revision", "save_model", "save_vectors"}
     assert {name for name, field in FIELDS.items() if not field.metadata["affects"]} == neutral
 
 
@@ -121,7 +122,7 @@ def test_a_result_that_lacks_a_field(run: Run, capsys: pytest.CaptureFixture) ->
     run.folder.mkdir(parents=True)
 
     def is_valid(settings: dict) -> bool:
-        run_dir.write_result(run.folder / "result.json", {"settings": settings, "weighted_f1": 0.5, "files": {}})
+        common.write_signed(run.folder / "result.json", {"settings": settings, "weighted_f1": 0.5, "files": {}})
         result = run_dir.load_valid_result(run, digests=False)
         return result is not None and result["settings"] == run.settings
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import BertConfig
 
+import common
 import corrupt
 import cost
 import data_prep
 import models
-import run_dir
 from config import NEUTRAL_VALUES, RESULTS_VERSION, RunConfig, run_name
 
 WEIGHTS = 6 * (12 * 384**2 + 13 * 384)  # of minilm's layers
@@ -61,7 +61,7 @@ def finish(run: RunConfig, seed: int, seconds: float, **settings: object) -> Non
     folder = Path(run.output_dir) / "runs" / run_name(kept)
     folder.mkdir(parents=True)
     result = {"settings": kept, "data": tokens, "epochs": 2, "seconds": {"total": seconds}}
-    run_dir.write_result(folder / "result.json", result)
+    common.write_signed(folder / "result.json", result)
 
 
 # A run's fixed second is left out; of several the median counts. Runs that were cut short, and what cannot be read, are

@@ -15,6 +15,7 @@ from conftest import run_of
 from filelock import FileLock
 
 import callbacks
+import common
 import run_dir
 import train
 from common import InputError, RunError
@@ -191,7 +192,7 @@ def test_a_result_of_before_a_flag(flags: list[str]) -> None:
     path = run.folder / "result.json"
     result = json.loads(path.read_text())
     del result["settings"]["weight_decay"], result["sha256"]
-    run_dir.write_result(path, result)
+    common.write_signed(path, result)
     assert run_dir.load_valid_result(run)
     decayed = run_of([*flags, "--weight_decay", "0.1"])
     run.folder.rename(decayed.folder)
@@ -255,6 +256,6 @@ def test_scores_of_other_predictions(column: str, flags: list[str], capsys: pyte
     epochs.to_csv(run.folder / "epochs.csv", index=False)
     result |= {"weighted_f1": epochs["weighted_f1"].max(), "accuracy": epochs["accuracy"][0], "best_epoch": 1.0}
     (run.folder / "result.json").unlink()
-    run_dir.write_result(run.folder / "result.json", {**result, "files": run_dir.list_files(run.folder)})
+    common.write_signed(run.folder / "result.json", {**result, "files": run_dir.list_files(run.folder)})
     assert run_dir.load_valid_result(run) is None
     assert "its scores are not those of its predictions" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from sklearn.metrics import f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, pipeline
 
+import common
 import config
 import corrupt
 import data_prep
@@ -103,10 +104,10 @@ def test_results_of_other_settings_do_not_count(flags: list[str], capsys: pytest
     path = run.folder / "result.json"
     result = json.loads(path.read_text())
     del result["sha256"]
-    run_dir.write_result(path, {**result, "settings": {**result["settings"], "results_version": 0}})
+    common.write_signed(path, {**result, "settings": {**result["settings"], "results_version": 0}})
     assert run_dir.load_valid_result(run) is None
     assert f"its results_version is 0, this code's is {config.RESULTS_VERSION}" in capsys.readouterr().err
-    run_dir.write_result(path, result)
+    common.write_signed(path, result)
     assert run_dir.load_valid_result(run)
     path.write_text(path.read_text()[:-100])
     assert run_dir.load_valid_result(run) is None
