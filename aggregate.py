@@ -6,8 +6,8 @@
 Written to the output folder, F1 weighted and in percent as in the paper (arXiv 2406.14459): `results.csv`, a row for
 each run; `cells.csv`, a row for each cell; `table1` and `3`, `4`, `5` in the paper's layout, as .csv, .md and .tex, if
 they have runs; `table2.csv`, the data sets of the runs; `comparison.csv`, ours beside the paper's 320 cells;
-`claims.csv`, how many comparisons hold each claim of section 4.2; `bottom_top.csv`, bottom against top example by
-example.
+`comparisons.csv` and `claims.csv`, whether each comparison, and each claim of section 4.2, holds, fails or cannot be
+told, with the seed as the unit; `floors.csv`, what the data sets give without an encoder.
 
 A cell that was not run is empty and counted as missing, and so are runs that a grid was asked for. Runs that differ in
 anything but learning rate and seed are never put into one cell: `variant` then says what differs, and the tables have
@@ -20,6 +20,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from pandas.api.typing import DataFrameGroupBy
 
@@ -28,11 +29,23 @@ import run_dir
 import stats
 from common import InputError, atomic_write, make_parser, one_line, run_script
 from config import FIELDS, NEUTRAL_VALUES, RunConfig
-from paper import CLAIMS, DATASETS, LAYERS, MODELS, TABLES, dataset_title, model_title, published_cells, table_of
+from paper import (
+    CLAIMS,
+    DATASETS,
+    LAYERS,
+    MODELS,
+    TABLES,
+    TEST_ROWS,
+    dataset_title,
+    model_title,
+    published_cells,
+    table_of,
+)
 
 CELL = ["model", "variant", "side", "percent", "dataset", "pooling", "tuning"]
 RUN = [*CELL, "learning_rate", "seed"]
 ACROSS = r"(0|100)%"  # the corruption in rows that have one number for bottom and top
+FLOORS = ("constant", "guessing", "words")
 PLACE = ["table", "model", "percent", "side", "dataset"]  # a cell of a paper table
 KNOWN = {"table": TABLES, "model": MODELS, "dataset": DATASETS}  # columns that have an order in paper.py
 
@@ -74,6 +87,7 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
             epochs, by_epoch = run_dir.read_evidence(folder, result)
             best = by_epoch[f"epoch_{epochs['weighted_f1'].idxmax() + 1}"]
             frame = by_epoch.filter(["row", "label", "group"]).assign(prediction=best)
+            row |= {"f1_last": 100 * epochs["weighted_f1"].iloc[-1]}
             row |= stats.picked_on_halves(epochs) | stats.collapse_stats(frame) | {"run": run}
             data = {"dataset": row["dataset"], "fingerprint": row["data_fingerprint"]}
             if (key := tuple(data.values())) not in sets:
@@ -104,6 +118,9 @@ def result_row(result: dict) -> dict:
     row |= {"seconds": round(result["seconds"]["total"], 1), "device": result["device"]["name"]}
     row |= {name: result["versions"][name] for name in ("torch", "transformers")}
     row |= {name: settings[name] for name in ("model_fingerprint", "data_fingerprint")}
+    floors = result["data"].get("floors", {})
+    row |= {name: 100 * floors.get(name, np.nan) for name in FLOORS}
+    row |= {"max_length": settings["max_length"], **result["data"]["rows"]}
     " ".join(map(str, row.values())).encode()  # raises ValueError for what no CSV can hold, half of a surrogate pair
     return row
 
@@ -146,9 +163,21 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
     cells = stats.pick_learning_rate(comparable, CELL).reset_index()
     tables = [table_of(*place) for place in cells[["pooling", "tuning", "dataset"]].values]
     cells["table"] = pd.array(tables, dtype="str")
-    columns = ["f1", "f1_std", "cross_fitted", "selection_bias", "seeds"]
+    column = [name for name in CELL if name not in ("side", "percent")]
+    uncorrupted = (
+        cells["f1"].where(cells["side"] == "none").groupby([cells[name] for name in column]).transform("first")
+    )
+    cells["recovery"] = stats.recovery(cells["f1"], uncorrupted, cells["floor"])
+    columns = ["f1", "f1_std", "recovery", "cross_fitted", "selection_bias", "seeds"]
     columns += ["learning_rate", "learning_rates_tried", "lr_at_grid_edge"]
-    return cells[["table", *CELL, *columns, "collapsed", "collapsed_runs", "constant_f1", "floor", "layers", "runs"]]
+    columns += ["collapsed", "collapsed_share", "constant_f1", "floor", "words", "layers", "runs"]
+    return cells[["table", *CELL, *columns]]
+
+
+def floors_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """What each data set gives without an encoder, for each tokenizer (the model's) and length, in percent."""
+    by = ["dataset", "data_fingerprint", "model", "model_fingerprint", "max_length"]
+    return runs.groupby(by)[["train", "test", *FLOORS]].first().reset_index()
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -211,7 +240,7 @@ def count_missing(table: pd.DataFrame) -> int:
 def markdown(cells: pd.DataFrame) -> str:
     """One table in Markdown; a dagger stands for red."""
     table = paper_table(cells, format_cells(cells, "**{}**", "{}†"))
-    legend = "\n\n† collapsed: at least 99 % of the predictions are one class, in one run of the cell or more"
+    legend = "\n\n† collapsed: predictions of a run of the cell, or of more, say nothing about the labels"
     text = table.replace(r"\|", r"\|", regex=True).to_markdown(index=False, disable_numparse=True)
     return f"{text}{legend if cells['collapsed'].any() else ''}\n"
 
@@ -237,7 +266,7 @@ def latex(cells: pd.DataFrame) -> str:
         needs += (
             "% and xelatex or lualatex, with \\usepackage{fontspec} and a \\setmainfont that has all of the names\n"
         )
-    needs += "% red: a run with 99 % of one class\n"
+    needs += "% red: a collapsed run, whose predictions say nothing about the labels\n"
     fit = "}\\ifdim\\wd0>\\linewidth\\resizebox{\\linewidth}{!}{\\usebox0}\\else\\usebox0\\fi\n"
     return f"{needs}\\noindent\\sbox0{{%\n{text}{fit}"
 
@@ -251,36 +280,60 @@ def compare(ours: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
     return both
 
 
-def claims_table(ours: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
-    """A row for each table and claim: `holds` of `compared` in the paper, in ours, in ours at the paper's cells."""
-    sources, rows = {"paper": paper, "ours": ours, "ours_in_paper": ours.merge(paper[PLACE], on=PLACE)}, []
-    for table in TABLES:
-        counts = {name: stats.count_claims(cells[cells["table"] == table]) for name, cells in sources.items()}
-        for number, claim in enumerate(CLAIMS):
-            rows.append({"table": table, "claim": f"({number + 1}) {claim.short}"})
-            for name, of_claims in counts.items():
-                rows[-1] |= dict(zip((f"{name}_holds", f"{name}_compared"), of_claims[number], strict=True))
-    return pd.DataFrame(rows)
+def compare_claims(
+    ours: pd.DataFrame, fixed: pd.DataFrame, intervals: pd.DataFrame, paper: pd.DataFrame, run_deviation: float
+) -> dict[str, pd.DataFrame]:
+    """`comparisons`, a row for each comparison of the claims, in ours and in the paper, and `claims`, each with its
+    verdict; `source` says whose. Beside ours stand the F1 of the paper's protocol, and cross-fitted."""
+    judged, of_claims = stats.compare_runs(ours, fixed, CELL)
+    for end in ("lower", "higher"):
+        judged = judged.join(ours[["f1", "cross_fitted"]].add_suffix(f"_{end}"), on=end)
+    judged = judged.join(intervals, on="lower")
+    judged.loc[judged["claim"] != 2, [*intervals]] = np.nan
+    theirs, claims_of_paper = stats.compare_published(paper, TEST_ROWS, run_deviation)
+    frames = {"comparisons": (judged, theirs), "claims": (of_claims, claims_of_paper)}
+    both = {}
+    for name, (first, second) in frames.items():
+        both[name] = pd.concat([first.assign(source="ours"), second.assign(source="paper")], ignore_index=True)
+        both[name].insert(0, "source", both[name].pop("source"))
+        both[name]["claim"] = both[name]["claim"].map(lambda number: f"({number + 1}) {CLAIMS[number].short}")
+    both["claims"]["run_deviation"] = run_deviation  # that the paper's are judged by
+    both["comparisons"] = both["comparisons"].drop(columns=["lower", "higher"])
+    return both
 
 
-def bottom_top(cells: pd.DataFrame, runs: pd.DataFrame, predictions: dict[str, pd.DataFrame]) -> tuple:
-    """A row for each degree that has both sides, their best runs paired by seed; a line for each that is refused."""
-    by, rows, problems = [name for name in CELL if name != "side"], [], []
-    best = cells.assign(run=cells["runs"].str.split()).explode("run").merge(runs[["run", "seed"]], on="run")
-    for key, group in best[best["side"].isin(["bottom", "top"])].groupby(by):
-        seeds = group.pivot(index="seed", columns="side", values="run")
-        if seeds.shape[1] == 1:
+def claims_markdown(claims: pd.DataFrame) -> str:
+    """Our claims in Markdown, all tables together: the verdict, the mean difference, and the counts."""
+    rows = claims[claims["source"].eq("ours") & claims["table"].eq("all")].copy()
+    rows["verdict"] += rows["why"].map(" ({})".format).where(rows["why"] != "", "")
+    interval = as_text(rows["low"], " [{:.2f}, ") + as_text(rows["high"], "{:.2f}]")
+    rows["mean difference"] = as_text(rows["difference"], "{:+.2f}") + interval
+    counts = ["holds", "fails", "unresolved"]
+    rows["comparisons: " + ", ".join(counts)] = rows[counts].astype(str).agg(", ".join, axis=1)
+    rows["as the paper counts"] = rows["counted"].astype(str) + " of " + rows["compared"].astype(str)
+    return rows[["claim", "verdict", *rows.columns[-3:]]].to_markdown(index=False)
+
+
+def two_models(cells: pd.DataFrame, runs: pd.DataFrame, predictions: dict[str, pd.DataFrame]) -> tuple:
+    """For each degree that has bottom and top with one seed, by the bottom cell's index, the interval over the test
+    rows of these two models; and a line for each whose test rows differ."""
+    by, rows, problems = [name for name in CELL if name != "side"], {}, []
+    seed_of = runs.set_index("run")["seed"]
+    for key, group in cells[cells["side"].isin(["bottom", "top"])].groupby(by):
+        if len(group) < 2:
             continue
-        what, both = f"bottom against top, {stats.in_words(key)}", seeds.dropna()
-        if len(both) < len(seeds):
-            words = f"only {both.index.tolist()} are" if len(both) else "none is"
-            warn(f"{what}: the sides have different seeds: {words} compared")
-        bottom, top = ([predictions[run] for run in both[side]] for side in ("bottom", "top"))
-        if any(not frame[["row", "label"]].equals(bottom[0][["row", "label"]]) for frame in bottom + top):
-            problems.append(f"{what} is left out: the test rows or labels of the runs differ")
-        elif len(both):
-            rows.append(dict(zip(by, key, strict=True)) | {"seeds": len(both), **stats.compare_paired(bottom, top)})
-    return pd.DataFrame(rows, columns=[*by, "seeds", *stats.COMPARED]), problems
+        names = group.sort_values("side")["runs"].str.split().sum()  # the bottom's come first
+        frames = [predictions[name] for name in names]
+        if any(not frame[["row", "label"]].equals(frames[0][["row", "label"]]) for frame in frames):
+            problems.append(f"bottom against top, {stats.in_words(key)}: the test rows or labels of the runs differ")
+        elif len(names) == 2 and seed_of[names].nunique() == 1:
+            low, high = stats.two_models_interval(*frames)
+            rows[group.index[group["side"] == "bottom"][0]] = {
+                "rows": len(frames[0]),
+                "rows_low": low,
+                "rows_high": high,
+            }
+    return pd.DataFrame.from_dict(rows, "index", columns=["rows", "rows_low", "rows_high"]), problems
 
 
 def missing_lines(output_dir: Path, runs: pd.Series, cells: pd.DataFrame) -> list[str]:
@@ -311,20 +364,35 @@ def missing_lines(output_dir: Path, runs: pd.Series, cells: pd.DataFrame) -> lis
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="holds runs/ (default: outputs)")
-    output_dir = parser.parse_args().output_dir
+    rates = "compare cells at these learning rates, fixed beforehand, one for each cell (default: cells with one alone)"
+    parser.add_argument("--learning_rate", nargs="+", type=float, default=[], help=rates)
+    pilot = "choose each cell's learning rate on these seeds, and compare on the others"
+    parser.add_argument("--pilot_seeds", nargs="+", type=int, default=[], help=pilot)
+    deviation = "F1 points from run to run that the paper's numbers are judged by (default: %(default)s)"
+    parser.add_argument("--run_deviation", type=float, default=0.5, help=deviation)
+    args = parser.parse_args()
+    if args.learning_rate and args.pilot_seeds:
+        parser.error("--learning_rate and --pilot_seeds both choose the learning rate: give one of them")
+    if not 0 <= args.run_deviation < 100:
+        parser.error(f"--run_deviation {args.run_deviation} is not from 0 to 100 points")
+    output_dir = args.output_dir
     failures, problems = read_failures(output_dir)
     failed = [f"failed: {run}: {reason}" for run, reason in failures.items()]
     try:
         runs, predictions, table2, left_out = read_runs(output_dir)
         cells, paper = make_cells(runs), published_cells()
-        pairs, unpaired = bottom_top(cells, runs, predictions)
-        problems += left_out + unpaired
+        for name, wanted in (("learning_rate", args.learning_rate), ("seed", args.pilot_seeds)):
+            if absent := set(wanted) - set(runs[name]):
+                raise InputError(f"no run has {name} {min(absent):g}: there are {sorted(set(runs[name]))}")
+        fixed = stats.fixed_rate(runs, CELL, args.learning_rate, args.pilot_seeds)
         in_tables = cells.dropna(subset="table")
+        intervals, unlike = two_models(in_tables, runs, predictions)
+        problems += left_out + unlike
         tables = {n: of_table for (n,), of_table in groups(in_tables, "table")}
         texts = {f"table{n}": paper_table(of_table, as_text(of_table["f1"])) for n, of_table in tables.items()}
-        claims = claims_table(in_tables, paper)
-        frames = {"results": runs, "cells": cells, "comparison": compare(in_tables, paper), "claims": claims}
-        frames |= {"bottom_top": pairs, "table2": table2, **texts}
+        frames = {"results": runs, "cells": cells, "comparison": compare(in_tables, paper)}
+        frames |= compare_claims(in_tables, fixed, intervals, paper, args.run_deviation)
+        frames |= {"floors": floors_table(runs), "table2": table2, **texts}
         files = {f"{name}.csv": frame.to_csv(index=False) for name, frame in frames.items()}
         for n, of_table in tables.items():
             files |= {f"table{n}.md": markdown(of_table), f"table{n}.tex": latex(of_table)}
@@ -342,10 +410,7 @@ def main() -> None:
     for n in tables:
         caption = f"weighted F1 in percent {TABLES[n].caption}; bold: the higher side"
         print(f"Table {n}: {caption}\n\n{files[f'table{n}.md']}")
-    short = claims[claims["table"].isin(tables)][["table", "claim"]]
-    for name in ("paper", "ours", "ours_in_paper"):
-        short[name] = claims[f"{name}_holds"].astype(str) + "/" + claims[f"{name}_compared"].astype(str)
-    print(f"Claims: how many comparisons hold, of those that can be made\n\n{short.to_markdown(index=False)}\n")
+    print(f"Claims, each comparison and their mean judged by the seeds\n\n{claims_markdown(frames['claims'])}\n")
     empty = sum(map(count_missing, texts.values()))
     cells_line = (
         f"{len(in_tables)} cells from {len(runs)} runs, {empty} cells missing in the rows and columns that are there"

@@ -70,7 +70,9 @@ def describe_corruption(side: str, percent: float) -> str:
 # ---- F1 by epoch, and against the corrupted fraction ----
 
 
-def make_panels(cells: pd.DataFrame, legend: int) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+def make_panels(
+    cells: pd.DataFrame, axis: tuple[float, float], legend: int
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """A figure as wide as a column, with one panel for each model (and variant) below the other."""
     of_models = [group for _, group in groups(cells, "model", "variant")]
     figure = Figure(figsize=(COLUMN, 1.75 * len(of_models) + 0.12 * legend + 0.2), layout="constrained")
@@ -79,13 +81,33 @@ def make_panels(cells: pd.DataFrame, legend: int) -> tuple[Figure, list[tuple[Ax
         first = group.iloc[0]
         panel.set_title(f"{describe_model(first)}, {dataset_title(first['dataset'])}", loc="left")
         panel.set_ylabel("weighted F1 (%)")
+        panel.set_ylim(*axis)
         panel.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.5)
     return figure, list(zip(panels, of_models, strict=True))
 
 
-def draw_epochs(cells: pd.DataFrame, epochs: dict[str, pd.DataFrame]) -> Figure:
+def f1_axis(cells: pd.DataFrame) -> tuple[float, float]:
+    """The limits of the F1 axis in all figures of a data set: what did not collapse, and what needs no encoder."""
+    values = [cells[f"f1{end}"].mask(cells[f"collapsed{end}"].eq(True)) for end in ("", "_reference")]
+    values = pd.concat([*values, cells["words"]]).dropna()
+    if values.empty:
+        return 0, 100
+    room = max(1.0, 0.06 * (values.max() - values.min()))
+    return max(0, values.min() - room), min(100, values.max() + room)
+
+
+def clip(panel: Axes, x: pd.Series, f1: pd.Series, colour: str) -> None:
+    """An arrow at the lower edge, with the number, where a point lies below the axis."""
+    low, high = panel.get_ylim()
+    for at, value in zip(x[f1 < low], f1[f1 < low], strict=True):
+        looks = {"arrowprops": {"arrowstyle": "->", "color": colour, "linewidth": 0.8}, "ha": "center"}
+        tip, end = (at, low), (at, low + 0.12 * (high - low))
+        panel.annotate(f"{value:.1f}", tip, end, fontsize=5.5, color=colour, **looks)
+
+
+def draw_epochs(cells: pd.DataFrame, epochs: dict[str, pd.DataFrame], axis: tuple[float, float]) -> Figure:
     """Weighted F1 by epoch, a line for each cell, a panel for each model; the band is one deviation over the seeds."""
-    figure, panels = make_panels(cells.sort_values("percent").dropna(subset="f1"), legend=3)
+    figure, panels = make_panels(cells.sort_values("percent").dropna(subset="f1"), axis, legend=3)
     lines = {}
     for panel, group in panels:
         for _, cell in group.iterrows():
@@ -97,6 +119,8 @@ def draw_epochs(cells: pd.DataFrame, epochs: dict[str, pd.DataFrame]) -> Figure:
             looks = {"markersize": 2.2, "alpha": 0.35 + 0.65 * percent / 100 if side != "none" else 1}
             (line,) = panel.plot(mean, form, color=colour, label=describe_corruption(side, percent), **looks)
             lines[place, percent] = line
+            if mean.max() < axis[0]:  # a line that is not in the picture
+                clip(panel, mean.index[-1:], mean[-1:], colour)
             if std.notna().any():
                 panel.fill_between(mean.index, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
         panel.xaxis.get_major_locator().set_params(integer=True)
@@ -105,15 +129,18 @@ def draw_epochs(cells: pd.DataFrame, epochs: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def draw_fraction(cells: pd.DataFrame, name: str) -> Figure:
+def draw_fraction(cells: pd.DataFrame, name: str, axis: tuple[float, float]) -> Figure:
     """Weighted F1 against the corrupted part of the layers, one panel for each model; the reference's in thin lines."""
-    figure, panels = make_panels(cells, legend=2)
+    figure, panels = make_panels(cells, axis, legend=3)
     artists = {}
     for panel, group in panels:
         for side, words, dash in (("none", "uncorrupted", (0, (4, 2))), ("all", "100 % corrupted", ":")):
             place, colour, _ = LINES[side]
             for f1 in group.loc[group["side"] == side, "f1"].dropna():
                 artists[place] = panel.axhline(f1, color=colour, linestyle=dash, linewidth=0.8, label=words)
+        for place, column, words in ((8, "words", "words alone"), (9, "floor", "constant or guessing")):
+            for f1 in group.loc[group[column] >= axis[0], column].head(1):
+                artists[place] = panel.axhline(f1, color=GREY, linestyle=(0, (1, 2)), linewidth=1, label=words)
         for whose, looks in (("", {}), ("_reference", {"linewidth": 0.7, "markerfacecolor": "none", "alpha": 0.75})):
             rows = group.dropna(subset=f"f1{whose}").sort_values("percent")
             for side in ("bottom", "top"):
@@ -125,10 +152,29 @@ def draw_fraction(cells: pd.DataFrame, name: str) -> Figure:
                 bars = {"yerr": error, "elinewidth": 0.7, "capsize": 1.5, "label": f"{side}, {name}" if whose else side}
                 artist = panel.errorbar(path["percent"], path[f"f1{whose}"], fmt=form, color=colour, **bars, **looks)
                 artists[place + len(LINES) * bool(whose)] = artist
+                clip(panel, path["percent"], path[f"f1{whose}"], colour)
         panel.set_xticks(sorted({0, 100, *cells["percent"]}))  # the panels share their ticks
     panel.set_xlabel("corrupted encoder layers (%)")
     handles = [artists[place] for place in sorted(artists)]
     figure.legend(handles=handles, loc="outside lower center", ncols=2 if len(handles) <= 4 else 3)
+    return figure
+
+
+def draw_forest(rows: pd.DataFrame) -> Figure:
+    """Top - bottom of each comparison of claim (3): `label`, `difference`, `low` and `high` over seeds; where there are
+    none, `rows_low` and `rows_high` over the rows of two models, hollow and dashed."""
+    figure = Figure(figsize=(COLUMN * 1.5, 0.55 + 0.17 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows.iloc[::-1].itertuples()):
+        of_seeds = row.low == row.low
+        low, high = (row.low, row.high) if of_seeds else (row.rows_low, row.rows_high)
+        axes.plot([low, high], [place, place], color=INK, linewidth=1, linestyle="-" if of_seeds else (0, (2, 2)))
+        axes.plot(row.difference, place, "o", color=INK, markersize=3.5, markerfacecolor=INK if of_seeds else "none")
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    axes.set_yticks(range(len(rows)), rows["label"].iloc[::-1], fontsize=6)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_xlabel("top - bottom, weighted F1 (points): above 0 the bottom hurts more")
     return figure
 
 
@@ -147,15 +193,29 @@ def save(figure: Figure, path: Path) -> str:
     return svg
 
 
+def own_ids(svg: str, prefix: str) -> Markup:
+    """The drawing with ids that no other of the page has."""
+    return Markup(re.sub(r'\bid="|href="#|url\(#', rf"\g<0>{prefix}", svg))
+
+
+@rc_context(STYLE)
+def write_forest(rows: pd.DataFrame, folder: Path) -> Markup:
+    """The forest plot, as files in `folder` and for the page."""
+    return own_ids(save(draw_forest(rows), folder / "top_minus_bottom"), "forest-")
+
+
 @rc_context(STYLE)
 def draw_all(both: pd.DataFrame, epochs: dict[str, pd.DataFrame], name: str, folder: Path) -> list[dict]:
     """Two figures for each table and data set, as files in `folder` and for the page."""
     figures = []
+    axes = {dataset: f1_axis(cells) for dataset, cells in both.groupby("dataset")}
     for (table, dataset), cells in groups(both, "table", "dataset"):
-        for kind, figure in (("fraction", draw_fraction(cells, name)), ("epochs", draw_epochs(cells, epochs))):
+        axis = axes[dataset]
+        figures_of_set = {"fraction": draw_fraction(cells, name, axis), "epochs": draw_epochs(cells, epochs, axis)}
+        for kind, figure in figures_of_set.items():
             stem = f"table{table}_{dataset}_{kind}"
             svg = save(figure, folder / stem)
-            svg = Markup(re.sub(r'\bid="|href="#|url\(#', rf"\g<0>f{len(figures)}-", svg))  # ids that no other has
+            svg = own_ids(svg, f"f{len(figures)}-")
             figures.append({"table": table, "dataset": dataset, "kind": kind, "stem": stem, "svg": svg})
     return figures
 

@@ -20,12 +20,13 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 
 import plots
 import run_dir
+import stats
 from aggregate import (
     as_text,
-    claims_table,
     count_missing,
     format_cells,
     groups,
@@ -41,6 +42,7 @@ from paper import CLAIMS, TABLES, dataset_title, model_title, published_cells
 
 COLUMNS = ["table", "model", "variant", "dataset"]  # a column of a table, for one model
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+TABLESORT = Path(__file__).parent / "page" / "tablesort.min.js"  # tristen.ca/tablesort, MIT
 
 
 # ---- Read ----
@@ -51,7 +53,8 @@ class ResultSet(NamedTuple):
 
     runs: pd.DataFrame  # results.csv
     cells: pd.DataFrame  # cells.csv
-    pairs: pd.DataFrame  # bottom_top.csv
+    comparisons: pd.DataFrame  # comparisons.csv
+    claims: pd.DataFrame  # claims.csv
     results: dict[str, dict]  # each run's result.json
     epochs: dict[str, pd.DataFrame]  # each run's epochs.csv
     failures: dict[str, str]  # why a run failed
@@ -64,7 +67,8 @@ def read(output_dir: Path) -> ResultSet:
     if not (output_dir / "runs").is_dir():
         raise InputError(f"{output_dir} holds no runs: give the output folder of grid.py or train.py")
     try:
-        runs, cells, pairs = (read_csv(output_dir / f"{name}.csv") for name in ("results", "cells", "bottom_top"))
+        names = ("results", "cells", "comparisons", "claims")
+        runs, cells, comparisons, claims = (read_csv(output_dir / f"{name}.csv") for name in names)
     except (OSError, ValueError) as error:
         raise InputError(f"the tables are not there ({one_line(error)}): {again}") from error
     results, epochs = {}, {}
@@ -81,7 +85,7 @@ def read(output_dir: Path) -> ResultSet:
             raise InputError(f"{folder} is not what results.csv was made from ({one_line(error)}): {again}") from error
     folders = sorted(path.parent.name for path in output_dir.glob("runs/*/result.json"))
     failures, left_out = read_failures(output_dir)[0], [run for run in folders if run not in results]
-    return ResultSet(runs, cells, pairs, results, epochs, failures, left_out)
+    return ResultSet(runs, cells, comparisons, claims, results, epochs, failures, left_out)
 
 
 # ---- Ours beside the reference: the paper, or another output folder ----
@@ -90,37 +94,41 @@ def read(output_dir: Path) -> ResultSet:
 def join_reference(ours: pd.DataFrame, reference: pd.DataFrame, by_variant: bool) -> pd.DataFrame:
     """A row for each cell of ours, and of the reference where it has a column of ours; its values end in _reference.
 
-    `difference` is ours - reference, `lost` F1 - the uncorrupted model's (both in percent, negative is worse), `kept`
-    F1 in percent of it, unless that is within 2 points of the floor: what has not learned cannot recover.
+    `difference` is ours - reference, `lost` F1 - the uncorrupted model's (both in percent, negative is worse),
+    `recovery` as `stats.recovery` says; the paper's floors are taken to be those of our test rows.
     """
     columns = ours[COLUMNS].drop_duplicates()
     on = COLUMNS if by_variant else [name for name in COLUMNS if name != "variant"]
-    values = [*on, "percent", "side", "f1", "collapsed", "layers", "floor"]  # the paper has no floor
+    values = [*on, "percent", "side", "f1", "collapsed", "layers", "floor"]
     theirs = reference.reindex(columns=values).merge(columns, on=on)
     both = ours.merge(theirs, how="outer", on=[*COLUMNS, "percent", "side"], suffixes=("", "_reference"))
     both["layers"] = both["layers"].fillna(both["layers_reference"]).astype(int)
     both["difference"] = both["f1"] - both["f1_reference"]
+    by = [both[name] for name in COLUMNS]
+    floor = both["floor"].groupby(by).transform("first")
+    both["floor_reference"] = both["floor_reference"].fillna(floor)
+    both["words"] = both["words"].groupby(by).transform("first")
     for whose in ("", "_reference"):
         f1 = both[f"f1{whose}"]
-        uncorrupted = f1.where(both["side"] == "none").groupby([both[name] for name in COLUMNS]).transform("first")
+        uncorrupted = f1.where(both["side"] == "none").groupby(by).transform("first")
         both[f"lost{whose}"] = f1 - uncorrupted
-        both[f"kept{whose}"] = 100 * f1 / uncorrupted.mask(uncorrupted <= both[f"floor{whose}"] + 2)
+        both[f"recovery{whose}"] = stats.recovery(f1, uncorrupted, both[f"floor{whose}"])
     return both
 
 
 def recovered_share(both: pd.DataFrame) -> pd.DataFrame:
-    """A row for each table, degree and side: the F1 in percent of the uncorrupted model's, averaged over table columns.
+    """A row for each table, degree and side: the recovery R in percent, averaged over table columns.
 
     Taken are the `columns` (model and data set) that have both sides at that degree; `reference` if it has them all.
     """
     rows = []
     for (table, percent), group in groups(both[both["side"] != "none"], "table", "percent"):
-        wide = group.pivot(index=COLUMNS, columns="side", values=["kept", "kept_reference"])
-        complete = wide[wide["kept"].notna().all(axis=1)]
-        if complete.empty or set(wide["kept"]) not in ({"all"}, {"bottom", "top"}):
+        wide = group.pivot(index=COLUMNS, columns="side", values=["recovery", "recovery_reference"])
+        complete = 100 * wide[wide["recovery"].notna().all(axis=1)]
+        if complete.empty or set(wide["recovery"]) not in ({"all"}, {"bottom", "top"}):
             continue
-        for side in wide["kept"]:
-            ours, reference = complete["kept", side].mean(), complete["kept_reference", side].mean(skipna=False)
+        for side in wide["recovery"]:
+            ours, reference = complete["recovery", side].mean(), complete["recovery_reference", side].mean(skipna=False)
             rows.append((table, percent, side, len(complete), ours, reference))
     return pd.DataFrame(rows, columns=["table", "percent", "side", "columns", "ours", "reference"])
 
@@ -131,6 +139,21 @@ def headline(shares: pd.DataFrame) -> pd.DataFrame:
     degrees = of_table.loc[of_table["side"] != "all", "percent"]
     nearest = degrees.sort_values(key=lambda percent: abs(percent - 50), kind="stable").head(1)
     return of_table[of_table["percent"].isin([*nearest, 100 * len(nearest)])]
+
+
+def forest_rows(ours: ResultSet) -> pd.DataFrame:
+    """Our comparisons of bottom with top that have an interval and are evidence, each with a label."""
+    rows = ours.comparisons
+    rows = rows[rows["source"].eq("ours") & rows["claim"].str.startswith("(3)") & rows["evidence"]]
+    rows = rows.dropna(subset=["low", "rows_low"], how="all").reset_index(drop=True)
+    one = rows["low"].isna()
+    rows["difference"] = rows["difference"].mask(one, rows["f1_higher"] - rows["f1_lower"])
+    rows["label"] = [
+        f"{row['against'].split(' against')[0].removeprefix('bottom ')}, {plots.describe_model(row)}, "
+        f"{dataset_title(row['dataset'])}, Table {row['table']}"
+        for row in rows.to_dict("records")
+    ]
+    return rows
 
 
 # ---- What the page shows: maps of the tables, Figure 1, where the numbers come from ----
@@ -237,15 +260,20 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         name = compare_to.resolve().name
         end = f"_compared_to_{name}"
         theirs = read(compare_to)
+        judged = theirs.claims[theirs.claims["source"] == "ours"]
         reference, apart = theirs.cells.dropna(subset="table"), settings_apart((ours, theirs))
     else:
         name, end, reference, apart = "the paper", "", published_cells(), {}
+        judged = ours.claims[ours.claims["source"] == "paper"]
     both = join_reference(in_tables, reference, by_variant=compare_to is not None)
     if compare_to and both["difference"].isna().all():
         raise InputError(f"{output_dir} and {compare_to} have no cell in common: nothing to compare")
     folder = output_dir / f"figures{end}"
     folder.mkdir(exist_ok=True)
-    claims = claims_table(in_tables, reference)
+    claims = ours.claims[ours.claims["source"] == "ours"].merge(
+        judged, how="left", on=["table", "claim"], suffixes=("", "_reference")
+    )
+    rows = forest_rows(ours)
     shares = recovered_share(both)
     style = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), **style)
@@ -258,7 +286,11 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         ours=ours,
         both=both.fillna({"runs": ""}),
         maps=heat_maps(both, name),
-        claims=claims[claims["table"].isin(in_tables["table"])],
+        claims=claims.fillna({"why": "", "why_reference": ""}),
+        run_deviation=ours.claims["run_deviation"].iloc[0],
+        forest=plots.write_forest(rows, folder) if len(rows) else "",
+        tablesort=Markup(TABLESORT.read_text(encoding="utf-8")),
+        csvs=sorted(path.name for path in output_dir.glob("*.csv")),
         shares=shares,
         headline=headline(shares),
         figures=plots.draw_all(both, ours.epochs, name, folder),

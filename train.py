@@ -92,14 +92,17 @@ def tune_probe(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
     """The head trains, on what the frozen encoder gives (section A.2); that is computed once for all learning rates."""
     batch_size = parts.args.per_device_eval_batch_size
     return features.probe_features(
-        frozen(parts), parts.tokens, features_folder(parts), batch_size
+        frozen(parts), parts.tokens, features_folder(parts.run, parts.args), batch_size
     ), default_data_collator
 
 
 def tune_probe_converged(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
     """Nothing trains by steps: `run_training` fits probe.py's logistic regression to what the frozen encoder gives."""
     wanted = parts.run.config
-    reader, folder = probe.layer_reader(wanted.probe_reads, wanted.probe_layers == "all"), features_folder(parts)
+    reader, folder = (
+        probe.layer_reader(wanted.probe_reads, wanted.probe_layers == "all"),
+        features_folder(parts.run, parts.args),
+    )
     return frozen(parts).outputs(
         parts.tokens, reader, folder, parts.args.per_device_eval_batch_size
     ), default_data_collator
@@ -114,12 +117,12 @@ def frozen(parts: Trainable) -> features.Encoder:
     return features.Encoder(parts.model, parts.tokenizer, parts.args.device, dtype)
 
 
-def features_folder(parts: Trainable) -> Path:
+def features_folder(run: Run, args: TrainingArguments) -> Path:
     """Named for all that a frozen encoder's outputs depend on: every setting but those of the head's training."""
-    run, of_head = parts.run, {"learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"}
+    of_head = {"learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"}
     settings = {name: value for name, value in run.settings.items() if name not in of_head}
     settings |= {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    settings |= {"device": device_of(parts.args), "layers": run.config.probe_layers}
+    settings |= {"device": device_of(args), "layers": run.config.probe_layers}
     return run.work_dir.parent.with_name("features") / features.key_of(settings)
 
 

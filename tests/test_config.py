@@ -34,6 +34,7 @@ OTHER = {
     **dict.fromkeys(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), '{"use_reentrant": true}'),
     **{"torch_compile_backend": "eager", "torch_compile_mode": "default", "liger_kernel_config": '{"rope": true}'},
     "neftune_noise_alpha": 5.0,
+    **{"corrupt_seed": 4, "head_seed": 5, "probe_reads": "mean", "probe_layers": "all"},
 }
 
 
@@ -68,7 +69,16 @@ def test_every_field_of_the_library_is_classified() -> None:
     assert not wrong, f"not in just one of RunConfig, PROTOCOL, AFFECTS, NEUTRAL (times): {wrong}"
     gone = {*PROTOCOL, *AFFECTS, *NEUTRAL} - library
     assert not gone, f"not a field of TrainingArguments: {gone}"
-    neutral = {"data_dir", "output_dir", "probe_layers", "report_to", "resume", "revision", "save_model", "save_vectors"}
+    neutral = {
+        "data_dir",
+        "output_dir",
+        "probe_layers",
+        "report_to",
+        "resume",
+        "revision",
+        "save_model",
+        "save_vectors",
+    }
     assert {name for name, field in FIELDS.items() if not field.metadata["affects"]} == neutral
 
 
@@ -87,6 +97,8 @@ def test_neutral_values_are_the_librarys_defaults() -> None:
 # What affects results is in the settings and, if it is another, in the name; what does not is in neither.
 @pytest.mark.parametrize("name", sorted({*FIELDS, *AFFECTS} - {"revision"}))  # that is for hub models: test_hub.py
 def test_the_name_has_what_affects_results(name: str, run: Run) -> None:
+    if name.startswith("probe_"):  # says nothing with another tuning
+        run = resolve.resolve_run(replace(run.config, tuning="probe_converged"))
     changed = resolve.resolve_run(with_other(run.config, name))
     if name in AFFECTS or FIELDS[name].metadata["affects"]:
         assert changed.name != run.name and changed.settings != run.settings
@@ -136,11 +148,12 @@ def test_a_result_that_lacks_a_field(run: Run, capsys: pytest.CaptureFixture) ->
 
 # The command that a run prints does the same run, whatever its fields; other fields at their default are left out.
 def test_flags_give_the_same_run() -> None:
-    every = {name: other(name) for name in FIELDS if name != "tuning"}
+    every = {name: other(name) for name in FIELDS if name != "tuning" and not name.startswith("probe_")}
     trainer = {name: other(name) for name in AFFECTS if name != "liger_kernel_config"}  # not to be had as a flag
     trainer |= {"logging_steps": 3.0, "disable_tqdm": True, "hub_strategy": "end", "log_level": "error"}
     for wanted in (
         RunConfig(**every, trainer=trainer),
+        RunConfig(tuning="probe_converged", probe_reads="mean", probe_layers="all"),
         RunConfig(tuning="probe", frac=Fraction(1, 3), corrupt="bottom", learning_rate=1.0000001e-05),
     ):
         assert parse(wanted.flags()) == wanted

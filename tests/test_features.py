@@ -56,8 +56,7 @@ def test_probe_equals_the_frozen_run(architecture: str, pooling: str, tmp_path: 
 
 
 def key_of(run: Run) -> str:
-    args = train.training_arguments(run.config, run.work_dir, run.name)
-    return features.key_of(train.encoder_settings(run, args))
+    return train.features_folder(run, train.training_arguments(run.config, run.work_dir, run.name)).name
 
 
 # Other corruption, seed, pooling or data: other features. Another learning rate or more epochs: the same.
