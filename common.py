@@ -80,7 +80,7 @@ def read_signed(path: Path) -> dict:
     whole = path.read_text(encoding="utf-8")
     text, _, end = whole.rpartition(',\n "sha256": "')
     if end != f'{sha256(text.encode()).hexdigest()}"\n}}\n':
-        raise ValueError(f"{path.name} is not what was written, or of an older version")
+        raise ValueError(f"{path.name} is not what the run wrote, or of an older version")
     return json.loads(whole)
 
 

@@ -42,7 +42,7 @@ from paper import CLAIMS, TABLES, dataset_title, model_title, published_cells
 
 COLUMNS = ["table", "model", "variant", "dataset"]  # a column of a table, for one model
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-TABLESORT = Path(__file__).parent / "page" / "tablesort.min.js"  # tristen.ca/tablesort, MIT
+TABLESORT = Path(__file__).parent / "web" / "tablesort.min.js"  # tristen.ca/tablesort, MIT
 
 
 # ---- Read ----

@@ -42,7 +42,7 @@ def add_run(output_dir: Path, side: str, percent: float, strays: int = 0, f1: fl
 
 
 CELL = {"model": BASE, "variant": "", "dataset": "sst2", "side": "top", "percent": 50.0, "runs": "a b", "f1": 60.0}
-CELL |= {"f1_std": np.nan}
+CELL |= {"f1_std": np.nan, "collapsed": False, "collapsed_reference": False, "words": 65.0, "floor": 50.0}
 
 
 def add_four(output_dir: Path, **changes: object) -> list[Path]:
@@ -64,7 +64,7 @@ def test_the_band_over_seeds() -> None:
     epochs = {
         run: pd.DataFrame({"epoch": [1, 2], "weighted_f1": f1}) for run, f1 in (("a", [0.5, 0.6]), ("b", [0.7, 0.6]))
     }
-    (panel,) = plots.draw_epochs(pd.DataFrame([CELL]), epochs).axes
+    (panel,) = plots.draw_epochs(pd.DataFrame([CELL]), epochs, (40, 90)).axes
     assert panel.lines[0].get_xydata().tolist() == pytest.approx(np.array([[1, 60], [2, 60]]))
     band = panel.collections[0].get_paths()[0].vertices
     at_1 = sorted(set(np.round(band[band[:, 0] == 1, 1], 6)))
@@ -74,11 +74,24 @@ def test_the_band_over_seeds() -> None:
 # BERT-base has 25 % and DistilBERT has not: the panels share their axis, and its ticks.
 def test_the_ticks_are_those_of_all_panels() -> None:
     cells = [CELL | {"percent": percent} for percent in (25.0, 50.0)] + [CELL | {"model": "distilbert-base-uncased"}]
-    figure = plots.draw_fraction(pd.DataFrame(cells).assign(f1_reference=70.0), "the paper")
+    figure = plots.draw_fraction(pd.DataFrame(cells).assign(f1_reference=70.0), "the paper", (0, 100))
     assert [panel.get_title(loc="left") for panel in figure.axes] == ["Base, SST-2", "Distil, SST-2"]
     assert [panel.get_xticks().tolist() for panel in figure.axes] == [[0, 25, 50, 100]] * 2
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["top", "top, the paper"]
+    lines = ["top", "top, the paper", "words alone", "constant or guessing"]
+    assert [text.get_text() for text in legend.get_texts()] == lines
+
+
+# The axis of a data set is that of its cells that did not collapse, of both sources, and of words alone; what lies
+# below is an arrow with its number.
+def test_the_axis_of_a_data_set() -> None:
+    cells = pd.DataFrame([CELL | {"f1": f1, "collapsed": f1 < 40} for f1 in (60.0, 80.0, 10.0)])
+    cells = cells.assign(percent=[25.0, 50.0, 75.0], f1_reference=[90.0, np.nan, 30.0], collapsed_reference=False)
+    assert plots.f1_axis(cells.assign(words=70.0)) == pytest.approx((30 - 3.6, 93.6))
+    assert plots.f1_axis(cells[:2].assign(words=50.0)) == pytest.approx((50 - 2.4, 92.4))
+    figure = plots.draw_fraction(cells.assign(f1_reference=np.nan), "the paper", (50, 90))
+    (note,) = figure.axes[0].texts
+    assert note.get_text() == "10.0" and note.xy == (75, 50)
 
 
 # ---- Figure 1 ----

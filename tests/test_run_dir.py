@@ -238,7 +238,7 @@ def test_an_edited_result(flags: list[str], capsys: pytest.CaptureFixture) -> No
     ):
         path.write_text(text.replace(old, new, 1))
         assert path.read_text() != text and run_dir.load_valid_result(run, digests=False) is None
-        assert "not what was written" in capsys.readouterr().err
+        assert "not what the run wrote" in capsys.readouterr().err
     path.write_text(text)
     assert run_dir.load_valid_result(run)
     copy = shutil.copytree(run.folder, run.folder.with_name("copy of it"))
