@@ -258,6 +258,7 @@ def run_parser(doc: str) -> argparse.ArgumentParser:
             groups[about["group"]] = parser.add_argument_group(about["group"])
         options = {"type": about["type"], "default": argparse.SUPPRESS}
         options |= {"choices": about["choices"]} if about["choices"] else {}
+        options |= {"metavar": "N"} if about["type"] in (int, float) else {}
         options |= {"nargs": "?", "const": True, "metavar": "True"} if about["type"] is truth else {}
         default = f" (default: {setting.default})" if setting.default not in (None, False) else ""
         groups[about["group"]].add_argument(f"--{name}", help=about["help"] + default, **options)

@@ -140,23 +140,25 @@ class CachedEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen encoder, and how rows of tokens become a batch of it."""
+    """A frozen encoder, and how and where its outputs are computed."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     autocast: torch.dtype | None
+    folder: Path  # of the outputs
+    batch_size: int
 
     def batch_of(self, rows: dict) -> dict[str, torch.Tensor]:
         tokens = {name: rows[name] for name in self.tokenizer.model_input_names if name in rows}
         return self.tokenizer.pad(tokens, return_tensors="pt").to(self.device)
 
     @torch.no_grad()
-    def outputs(
-        self, data: datasets.DatasetDict, read: Callable, folder: Path, batch_size: int
-    ) -> datasets.DatasetDict:
-        """What `read` takes of the encoder's output for all rows of `data` (tokens), computed once, with dropout off,
-        in `folder`. `read` gets the model and a batch, and gives columns of shape (rows, hidden size)."""
+    def outputs(self, data: datasets.DatasetDict, read: Callable) -> datasets.DatasetDict:
+        """What `read` takes of the encoder's output for all rows of `data` (tokens), computed once, with dropout off.
+
+        `read` gets the model and a batch, and gives columns of shape (rows, hidden size).
+        """
         self.model.eval().to(self.device)
         orders = {part: np.argsort(rows["length"], kind="stable") for part, rows in data.items()}
         by_length = datasets.DatasetDict({part: rows.select(orders[part]) for part, rows in data.items()})
@@ -167,7 +169,7 @@ class Encoder:
             return {name: values.float().cpu().numpy() for name, values in columns.items()}
 
         others = [name for name in data["train"].column_names if name not in ("label", "length")]
-        outputs = cached_map(by_length, encode, folder, batch_size=batch_size, remove_columns=others)
+        outputs = cached_map(by_length, encode, self.folder, batch_size=self.batch_size, remove_columns=others)
         return datasets.DatasetDict(
             {part: rows.select(np.argsort(orders[part])) for part, rows in outputs.items()}
         ).with_format("torch")
@@ -181,13 +183,13 @@ def read_as_head(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict
 
 
 @torch.no_grad()
-def probe_features(encoder: Encoder, data: datasets.DatasetDict, folder: Path, batch_size: int) -> datasets.DatasetDict:
-    """What the head reads of all rows of `data` (tokens), in `folder`.
+def probe_features(encoder: Encoder, data: datasets.DatasetDict) -> datasets.DatasetDict:
+    """What the head reads of all rows of `data` (tokens).
 
     Leaves the model with `CachedEncoder` in the place of its encoder, so that what trains is its head alone. Raises
     InputError if the head then gives other logits than the whole model does.
     """
-    outputs, model = encoder.outputs(data, read_as_head, folder, batch_size), encoder.model
+    outputs, model = encoder.outputs(data, read_as_head), encoder.model
     few = data["test"][:8]
     logits = model(**encoder.batch_of(few)).logits
     setattr(model, model.base_model_prefix, CachedEncoder())
@@ -195,6 +197,6 @@ def probe_features(encoder: Encoder, data: datasets.DatasetDict, folder: Path, b
     if not torch.allclose(model(inputs_embeds=of_few).logits, logits, atol=1e-1 if encoder.autocast else 1e-4):
         raise InputError(
             f"{type(model).__name__} cannot be probed: its head reads more than position 0 or the pooler's output, or "
-            f"{folder} holds another encoder's outputs: delete it, or use --tuning full"
+            f"{encoder.folder} holds another encoder's outputs: delete it, or use --tuning full"
         )
     return outputs

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import datasets
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegressionCV
@@ -17,6 +18,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel
 
+import stats
 import unpad
 from common import InputError, explain
 
@@ -57,19 +59,23 @@ def fit(features: np.ndarray, labels: np.ndarray) -> Pipeline:
         return probe.fit(features.astype(np.float64), labels)
 
 
-def fit_layers(features: datasets.DatasetDict) -> tuple[np.ndarray, list[dict]]:
-    """The predicted class of each test row by each column's probe, shape (rows, columns), and a row for each column:
-    `layer`, `C`, and the log loss on train and test rows."""
-    guesses, rows = [], []
-    parts = {part: split.with_format("numpy") for part, split in features.items()}
-    labels = {part: split["label"][:] for part, split in parts.items()}
-    for column in (name for name in features["test"].column_names if name.startswith("layer_")):
-        values = {part: split[column][:] for part, split in parts.items()}
-        probe = fit(values["train"], labels["train"])
-        losses = {
-            f"{part}_loss": log_loss(labels[part], probe.predict_proba(values[part]), labels=probe.classes_)
-            for part in ("train", "test")
-        }
-        guesses.append(probe.predict(values["test"]))
-        rows.append({"layer": int(column.removeprefix("layer_")), "C": float(probe[-1].C_), **losses})
-    return np.column_stack(guesses), rows
+def evaluate(train: datasets.Dataset, test: datasets.Dataset, half: np.ndarray) -> tuple[pd.DataFrame, np.ndarray]:
+    """A row for each column `layer_<number>`, fitted to the train rows and read on the test rows, and the last one's
+    predictions, shape (test rows,).
+
+    `layer`, `C`, the log loss on train and test, and the scores of `stats.score_epochs`; `half` is of the test rows.
+    """
+    train, test = (rows.with_format("numpy") for rows in (train, test))
+    labels, rows, guesses = (train["label"][:], test["label"][:]), [], []
+    for column in (name for name in test.column_names if name.startswith("layer_")):
+        values = train[column][:], test[column][:]
+        fitted = fit(values[0], labels[0])
+        losses = [
+            log_loss(true, fitted.predict_proba(x), labels=fitted.classes_)
+            for x, true in zip(values, labels, strict=True)
+        ]
+        guesses.append(fitted.predict(values[1]))
+        row = {"layer": int(column.removeprefix("layer_")), "C": fitted[-1].C_}
+        rows.append(row | dict(zip(("train_loss", "eval_loss"), losses, strict=True)))
+    scores = stats.score_epochs(labels[1], np.column_stack(guesses), half, len(fitted.classes_))
+    return pd.DataFrame(rows).join(scores), guesses[-1]

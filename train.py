@@ -90,22 +90,14 @@ def tune_full(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
 
 def tune_probe(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
     """The head trains, on what the frozen encoder gives (section A.2); that is computed once for all learning rates."""
-    batch_size = parts.args.per_device_eval_batch_size
-    return features.probe_features(
-        frozen(parts), parts.tokens, features_folder(parts.run, parts.args), batch_size
-    ), default_data_collator
+    return features.probe_features(frozen(parts), parts.tokens), default_data_collator
 
 
 def tune_probe_converged(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
     """Nothing trains by steps: `run_training` fits probe.py's logistic regression to what the frozen encoder gives."""
     wanted = parts.run.config
-    reader, folder = (
-        probe.layer_reader(wanted.probe_reads, wanted.probe_layers == "all"),
-        features_folder(parts.run, parts.args),
-    )
-    return frozen(parts).outputs(
-        parts.tokens, reader, folder, parts.args.per_device_eval_batch_size
-    ), default_data_collator
+    reader = probe.layer_reader(wanted.probe_reads, wanted.probe_layers == "all")
+    return frozen(parts).outputs(parts.tokens, reader), default_data_collator
 
 
 # --tuning
@@ -113,8 +105,10 @@ TUNINGS = {"full": tune_full, "probe": tune_probe, "probe_converged": tune_probe
 
 
 def frozen(parts: Trainable) -> features.Encoder:
-    dtype = torch.bfloat16 if parts.args.bf16 else torch.float16 if parts.args.fp16 else None
-    return features.Encoder(parts.model, parts.tokenizer, parts.args.device, dtype)
+    model, _, tokenizer, run, args = parts
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    folder, batch_size = features_folder(run, args), args.per_device_eval_batch_size
+    return features.Encoder(model, tokenizer, args.device, dtype, folder, batch_size)
 
 
 def features_folder(run: Run, args: TrainingArguments) -> Path:
@@ -307,8 +301,12 @@ def run_training(run: Run) -> dict:
         for callback in [*watchers, *callbacks.reporters(run, resumed=checkpoint is not None)]:
             trainer.add_callback(callback)
         if run.config.tuning == "probe_converged":
-            epochs, guesses = fit_probe(trainer, test, order, new)
-            predicted.append(guesses)
+            half = stats.split_halves(test["label"], test.get("group"))[order]
+            layers, classes = probe.evaluate(trainer.train_dataset, trainer.eval_dataset, half)
+            predicted.append(classes)
+            if run.config.probe_layers == "all":
+                layers.to_csv(new / "layers.csv", index=False)
+            epochs = layers.tail(1).assign(epoch=1).drop(columns=["layer", "C"]).reset_index(drop=True)
         else:
             train(trainer, run, checkpoint)
             epochs = epoch_table(trainer.state.log_history)
@@ -373,20 +371,6 @@ def train(trainer: Trainer, run: Run, checkpoint: Path | None) -> None:
         if should_reduce_batch_size(error):
             raise MemoryError(out_of_memory(run, trainer.args)) from error
         raise
-
-
-def fit_probe(trainer: Trainer, test: pd.DataFrame, order: np.ndarray, folder: Path) -> tuple[pd.DataFrame, np.ndarray]:
-    """Fit a converged probe to each layer that was read; the last one's scores, as the one row of an epoch table, and
-    its predictions, in `order`. With several layers `layers.csv` in `folder` has the scores of all."""
-    guesses, layers = probe.fit_layers({"train": trainer.train_dataset, "test": trainer.eval_dataset})
-    half = stats.split_halves(test["label"], test.get("group"))[order]
-    labels, classes = test["label"].to_numpy()[order], trainer.model.num_labels
-    scores = pd.DataFrame(layers).join(stats.score_epochs(labels, guesses, half, classes))
-    if len(scores) > 1:
-        scores.to_csv(folder / "layers.csv", index=False)
-    last = scores.iloc[[-1]].rename(columns={"test_loss": "eval_loss"}).assign(epoch=1)
-    columns = ["epoch", "train_loss", "eval_loss", "accuracy", "weighted_f1", *stats.HALVES]
-    return last[columns].reset_index(drop=True), guesses[:, -1]
 
 
 def epoch_table(log: list[dict]) -> pd.DataFrame:

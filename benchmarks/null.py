@@ -3,12 +3,12 @@
     python benchmarks/null.py                              # the table of docs/statistics.md, some minutes
     python benchmarks/null.py --replicates 1000
 
-A made-up test split: 60 % of its rows are always right, the others with a probability of one half, moved for each run so
-that the run's accuracy deviates by `run deviation` points. Both cells are drawn alike, so that each verdict but
-"unresolved" is a mistake; 5 % are promised. `seeds`: the t test of stats.py on paired seeds, one learning rate, last
-epoch. `selected`: the same on the best of 10 epochs of each run, at the best mean of 3 learning rates, both by test
-score; half of a run's variance is shared by its epochs. `flattery`: how many points such a best is above the truth.
-`rows`: the interval over test rows, the scores averaged over the seeds on each row, as this project once gave it.
+A made-up test split: 60 % of its rows are always right, the others with a probability of one half, moved for each run
+so that the run's accuracy deviates by `run deviation` points. Both cells are drawn alike, so that each verdict but
+"unresolved" is a mistake; 5 % are promised. `seeds`: the t test over paired seeds, one learning rate, last epoch.
+`selected`: the same on the best of 10 epochs of each run, at the best mean of 3 learning rates, both by test score;
+half of a run's variance is shared by its epochs. `flattery`: how many points such a best is above the truth. `rows`:
+the interval over test rows, the scores averaged over the seeds on each row, as this project once gave it.
 """
 
 import argparse
