@@ -286,7 +286,7 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         ours=ours,
         both=both.fillna({"runs": ""}),
         maps=heat_maps(both, name),
-        claims=claims.fillna({"why": "", "why_reference": ""}),
+        claims=claims.assign(**{name: claims[name].astype(object).fillna("") for name in ("why", "why_reference")}),
         run_deviation=ours.claims["run_deviation"].iloc[0],
         forest=plots.write_forest(rows, folder) if len(rows) else "",
         tablesort=Markup(TABLESORT.read_text(encoding="utf-8")),

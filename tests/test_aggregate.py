@@ -445,6 +445,28 @@ def test_the_learning_rate_is_fixed_beforehand(tmp_path: Path) -> None:
     assert set(stats.fixed_rate(runs, aggregate.CELL, [], [0])["learning_rate"]) == {5e-5}
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rate", "3e-5"], "no run has learning_rate 3e-05: there are [5e-05]"),
+        (["--pilot_seeds", "7"], "no run has seed 7: there are [0]"),
+        (["--pilot_seeds", "0", "--learning_rate", "5e-5"], "both choose the learning rate: give one of them"),
+        (["--run_deviation", "-1"], "is not from 0 to 100 points"),
+        (["--run_deviation", "nan"], "is not from 0 to 100 points"),
+    ],
+)
+def test_choices_that_are_refused(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    write_result(tmp_path, BASE, "none", 0, "sst2", 90)
+    monkeypatch.setattr("sys.argv", ["aggregate.py", "--output_dir", str(tmp_path), *flags])
+    with pytest.raises(SystemExit) as ended:
+        aggregate.main()
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and message in err and err.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+
+
 # A cell two of whose three runs collapsed is no evidence: not in the mean, not tested, and counted by itself. Nor is a
 # model's column with the F1 of another's in three of four cells.
 def test_what_is_no_evidence(tmp_path: Path) -> None:
