@@ -278,6 +278,8 @@ def compare_runs(cells: pd.DataFrame, runs: pd.DataFrame, cell: list[str]) -> tu
         if len(whole) < 2:
             seeds = f"only seed {whole.index[0]} has" if len(whole) else "no seed has"
             verdict["why"] = f"{seeds} all of its {len(pairs)} comparisons at a fixed learning rate"
+        if len(by_seed) == 1:
+            verdict["why"] = "one seed"
         return verdict
 
     return compare(cells, lambda pair: judge_seeds(by_seed[pair.higher] - by_seed[pair.lower]), judge_all)
