@@ -67,7 +67,8 @@ def parse() -> tuple[argparse.Namespace, dict, dict]:
     shared = config.parse_flags(config.run_parser(__doc__), others)
     given = {name: tuple(getattr(args, name)) for name in AXES if name in args}
     try:
-        config.RunConfig(**shared)
+        for sweep in paper.PRESETS[args.preset]:
+            config.RunConfig(**sweep.fixed | shared)
     except InputError as error:
         parser.error(str(error))
     return args, given, shared
@@ -251,7 +252,7 @@ def dispatch(runs: list[Run], pool: executors.LocalPool | executors.RayPool) -> 
 def main() -> None:
     args, axes, shared = parse()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
-    base = RunConfig(**shared)
+    base = RunConfig(**paper.PRESETS[args.preset][0].fixed | shared)
     try:
         runs = expand(paper.PRESETS[args.preset], axes, shared)
         data_prep.check_names(dict.fromkeys(run.dataset for run in runs), base.data_dir)

@@ -161,3 +161,17 @@ def test_a_model_that_is_not_there(
         grid.main()
     assert exit_info.value.code == 2 and len(asked) == 1 and not list(tmp_path.iterdir())
     assert "'no-such/model' is not on this machine" in capsys.readouterr().err
+
+
+# A flag of a converged probe goes with the preset that has one, and with no other.
+def test_flags_that_need_the_presets_tuning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    for preset, code in (("table4b", 0), ("demo", 2)):
+        words = ["--preset", preset, "--model", "minilm", "--dataset", "bbc_news", "--probe_reads", "mean", "--dry_run"]
+        monkeypatch.setattr("sys.argv", ["grid.py", *words])
+        try:
+            grid.main()
+            ended = 0
+        except SystemExit as end:
+            ended = end.code
+        out, err = capsys.readouterr()
+        assert ended == code and ("4 runs" in out if code == 0 else "leave them out" in err)
