@@ -220,10 +220,10 @@ class RunConfig:
                 )
 
     def _without_training(self) -> None:
-        """A converged probe has no steps: its learning rate and its epochs are 0, whatever the defaults are."""
+        """A converged probe takes no steps: its learning rate and its epochs are 0, whatever the defaults are."""
         for name in ("learning_rate", "num_train_epochs", "max_steps"):
             if getattr(self, name) not in (FIELDS[name].default, 0.0):
-                raise InputError(f"--tuning probe_converged has no --{name}: it trains until it has converged")
+                raise InputError(f"--tuning probe_converged does not take --{name}: it trains until it has converged")
             object.__setattr__(self, name, 0.0 if name != "max_steps" else -1)
         if self.pooling != "cls":
             raise InputError("--pooling is what a head reads: --tuning probe_converged takes --probe_reads mean")

@@ -95,8 +95,8 @@ def test_cls_of_left_padded_rows() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--learning_rate", "1e-3"], "has no --learning_rate"),
-        (["--num_train_epochs", "3"], "has no --num_train_epochs"),
+        (["--learning_rate", "1e-3"], "does not take --learning_rate"),
+        (["--num_train_epochs", "3"], "does not take --num_train_epochs"),
         (["--pooling", "mean"], "takes --probe_reads mean"),
         (["--probe_reads", "pooler", "--probe_layers", "all"], "reads the last layer alone"),
         (["--save_model", "True"], "need full"),
