@@ -445,6 +445,30 @@ def test_the_learning_rate_is_fixed_beforehand(tmp_path: Path) -> None:
     assert set(stats.fixed_rate(runs, aggregate.CELL, [], [0])["learning_rate"]) == {5e-5}
 
 
+# Three equal cells of seven are chance, not a copy. What collapsed at the fixed rate is no evidence, though the best
+# rate is another. The interval of two models stands beside bottom against top alone.
+def test_what_is_evidence(tmp_path: Path) -> None:
+    rows = [
+        (model, f1 if p < 3 else f1 + (model == "b"), p) for model in "ab" for p, f1 in enumerate(range(90, 83, -1))
+    ]
+    cells = pd.DataFrame(rows, columns=["model", "f1", "percent"])
+    cells = cells.assign(table="1", variant="", dataset="sst2", side="top", collapsed_share=0.0)
+    assert (stats.no_evidence(cells) == "").all()
+    constant = ([0] * 7_179 + [1] * 2_821, [0] * 10_000)
+    write_result(tmp_path, BASE, "none", 0, "sst2", 80, learning_rate=5e-5)
+    for side in ("bottom", "top"):
+        write_result(tmp_path, BASE, side, 50, "sst2", 70, learning_rate=1e-5)
+        write_result(tmp_path, BASE, side, 50, "sst2", 0, learning_rate=5e-5, predicted=constant)
+    assert judged_of(tmp_path, rates=(1e-5,))[0]["evidence"].all()
+    assert not judged_of(tmp_path, rates=(5e-5,))[0]["evidence"].any()
+    runs, predictions, _, _ = aggregate.read_runs(tmp_path)
+    ours = aggregate.make_cells(runs)
+    intervals, _ = aggregate.two_models(ours, runs, predictions)
+    both = aggregate.compare_claims(ours, runs[runs["learning_rate"] == 1e-5], intervals, paper.published_cells(), 0.5)
+    with_rows = both["comparisons"].dropna(subset="rows")
+    assert with_rows["claim"].tolist() == ["(3) bottom < top"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
