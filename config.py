@@ -22,6 +22,7 @@ import paper
 from common import InputError, fail, fraction, make_parser
 
 RESULTS_VERSION = 5  # raise it when this code would give other numbers for the same settings: results are made again
+SIDES = ("none", "bottom", "top", "all")  # of a run; other places are named by their layers
 REPORTERS = ("none", "tensorboard", "trackio", "wandb")
 
 # Each field of TrainingArguments that is not a field of RunConfig stands in one of these three; a test says so.
@@ -109,6 +110,12 @@ def truth(text: str) -> bool:
     return text.lower() == "true"
 
 
+def spell_parts(text: str) -> str:
+    """--parts in one spelling: each once, in order; all of them are all."""
+    text = ",".join(sorted(set(text.split(","))))
+    return "all" if text == "attention,ffn,layernorm" else text
+
+
 def setting(
     default: object, text: str, kind: Callable = str, choices: tuple = (), affects: bool = True, group: str = "the run"
 ) -> object:
@@ -133,16 +140,27 @@ class RunConfig:
     frac: Fraction | None = setting(
         None, "part of the encoder layers, such as 0.5 or 1/3; needed with --corrupt", fraction
     )
-    method: str = setting("reinit", "how the layers are corrupted: an entry of METHODS in corrupt.py")
+    layers: str | None = setting(None, "instead of --corrupt: 3, or 2-4,6, from 1; also embeddings, pooler")
+    parts: str = setting("all", "of these layers: attention, ffn, layernorm, several with commas", spell_parts)
+    method: str = setting(
+        "reinit", "how: reinit, normal, noise, shuffle, prune, prune_random, bitflip, permute, drop (docs/lab.md)"
+    )
+    severity: float | None = setting(None, "of noise, prune, prune_random and bitflip", float)
     dataset: str = setting(
         "sst2", f"{', '.join(paper.DATASETS)}, or a folder of your own with a train and a test file (docs/data.md)"
     )
     pooling: str = setting(
-        "cls", "what the head reads: [CLS], or the mean of the other tokens (Table 3)", choices=("cls", "mean")
+        "cls",
+        "what the head reads: [CLS], the mean of the other tokens (Table 3), or a decoder's last token",
+        choices=("cls", "mean", "last"),
     )
     tuning: str = setting(
-        "full", "full: all trains; probe: the head on a frozen encoder (Table 4); probe_converged: logistic regression"
+        "full",
+        "what trains: full, probe (Table 4), probe_converged, corrupted, intact, bitfit, lora, llrd (docs/lab.md)",
     )
+    lora_rank: int = setting(8, "of --tuning lora's updates", int)
+    lora_alpha: float = setting(16.0, "the updates are multiplied by this, over their rank", float)
+    layer_decay: float = setting(0.9, "of --tuning llrd: what a layer's learning rate is of the next one's", float)
     probe_reads: str = setting(
         "cls", "what a converged probe reads: the pooler's output, [CLS], or the mean of the other tokens",
         choices=("pooler", "cls", "mean"),
@@ -181,7 +199,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.tuning == "probe_converged":
             self._without_training()
-        positive = ["per_device_train_batch_size"] + ["num_train_epochs"] * (self.tuning != "probe_converged")
+        self._check_corruption()
+        positive = ["per_device_train_batch_size", "lora_rank", "lora_alpha"]
+        positive += ["num_train_epochs"] * (self.tuning != "probe_converged")
         counts = {name: getattr(self, name) for name in positive} | {
             name: self.trainer.get(name, 1) for name in ("per_device_eval_batch_size", "gradient_accumulation_steps")
         }
@@ -205,6 +225,12 @@ class RunConfig:
             raise InputError(
                 f"--tuning {self.tuning} does not change the encoder: --save_model and --save_vectors need full"
             )
+        if not 0 < self.layer_decay <= 1:
+            raise InputError(f"--layer_decay {self.layer_decay} is not above 0 and at most 1")
+        for tuning, names in {"lora": ("lora_rank", "lora_alpha"), "llrd": ("layer_decay",)}.items():
+            for name in names:
+                if tuning != self.tuning and getattr(self, name) != FIELDS[name].default:
+                    raise InputError(f"--{name} is of --tuning {tuning}: leave it out")
         if self.tuning != "probe_converged" and (self.probe_reads, self.probe_layers) != ("cls", "last"):
             raise InputError("--probe_reads and --probe_layers are of --tuning probe_converged: leave them out")
         if (self.probe_reads, self.probe_layers) == ("pooler", "all"):
@@ -218,6 +244,23 @@ class RunConfig:
                 raise InputError(
                     f"--{name} is fixed to {PROTOCOL[name]}, as every run's: leave it out (docs/decisions.md)"
                 )
+
+    def _check_corruption(self) -> None:
+        if self.layers is not None and (self.corrupt != "none" or self.frac is not None):
+            raise InputError("--layers and --corrupt both say which layers: give one of them")
+        if self.uncorrupted:
+            for name in OF_CORRUPTION:
+                if getattr(self, name) != FIELDS[name].default:
+                    raise InputError(f"--{name} needs something to corrupt: give --corrupt with --frac, or --layers")
+        if self.method != "reinit" and self.kaiming_a:
+            raise InputError(f"--kaiming_a is of --method reinit, and {self.method} draws otherwise: leave it out")
+        if self.tuning in ("corrupted", "intact") and (self.uncorrupted or self.method in ("permute", "drop")):
+            what = f"--method {self.method}" if not self.uncorrupted else "nothing corrupted"
+            raise InputError(f"--tuning {self.tuning} with {what} has no tensors to tell apart: use --tuning full")
+
+    @property
+    def uncorrupted(self) -> bool:
+        return self.layers is None and (self.corrupt == "none" or self.frac == 0)
 
     def _without_training(self) -> None:
         """A converged probe takes no steps: its learning rate and its epochs are 0, whatever the defaults are."""
@@ -240,7 +283,8 @@ class RunConfig:
 
 
 FIELDS = {f.name: f for f in fields(RunConfig) if f.name != "trainer"}
-FOUND = ("model", "corrupt", "frac", "dataset")  # stand in the settings as they were found, with fingerprints
+OF_CORRUPTION = ("parts", "method", "severity")  # say nothing where nothing is corrupted
+FOUND = ("model", "corrupt", "frac", "layers", "dataset")  # stand in the settings as they were found, with fingerprints
 NEUTRAL_VALUES = {name: f.default for name, f in FIELDS.items() if f.metadata["affects"] and name not in FOUND}
 NEUTRAL_VALUES |= AFFECTS
 
@@ -253,17 +297,23 @@ def run_parser(doc: str) -> argparse.ArgumentParser:
     parser = make_parser(doc)
     groups = {}
     for name, setting in FIELDS.items():
-        about = setting.metadata
-        if about["group"] not in groups:
-            groups[about["group"]] = parser.add_argument_group(about["group"])
-        options = {"type": about["type"], "default": argparse.SUPPRESS}
-        options |= {"choices": about["choices"]} if about["choices"] else {}
-        options |= {"metavar": "N"} if about["type"] in (int, float) else {}
-        options |= {"nargs": "?", "const": True, "metavar": "True"} if about["type"] is truth else {}
-        default = f" (default: {setting.default})" if setting.default not in (None, False) else ""
-        groups[about["group"]].add_argument(f"--{name}", help=about["help"] + default, **options)
+        group = setting.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        add_flag(groups[group], name)
     parser.add_argument("--help_all", action="store_true", help="all flags of TrainingArguments, too, and exit")
     return parser
+
+
+def add_flag(parser: argparse.ArgumentParser, name: str) -> None:
+    """The flag of a field of RunConfig, for a parser or a group of one."""
+    about, default = FIELDS[name].metadata, FIELDS[name].default
+    options = {"type": about["type"], "default": argparse.SUPPRESS}
+    options |= {"choices": about["choices"]} if about["choices"] else {}
+    options |= {"metavar": "N"} if about["type"] in (int, float) else {}
+    options |= {"nargs": "?", "const": True, "metavar": "True"} if about["type"] is truth else {}
+    text = about["help"] + (f" (default: {default})" if default not in (None, False) else "")
+    parser.add_argument(f"--{name}", help=text, **options)
 
 
 def parse_flags(parser: argparse.ArgumentParser, words: list[str]) -> dict:
@@ -345,8 +395,9 @@ def exact(number: float) -> str:
 def run_name(settings: dict) -> str:
     """A folder name that holds every setting that the numbers depend on, those at their neutral value left out."""
     s = settings
+    place = f"{s['side']}-{s['percent']:g}" if s["side"] in SIDES else f"layers-{s['side']}"
     name = (
-        f"{s['model'].replace('/', '--')}@{s['model_fingerprint'][:8]}_{s['side']}-{s['percent']:g}"
+        f"{s['model'].replace('/', '--')}@{s['model_fingerprint'][:8]}_{place}"
         f"_{s['dataset']}@{s['data_fingerprint'][:8]}_{s['pooling']}_{s['tuning']}"
         f"_lr{exact(s['learning_rate'])}_epochs{exact(s['num_train_epochs'])}_seed{s['seed']}"
     )
@@ -359,8 +410,11 @@ def run_name(settings: dict) -> str:
 def describe_cell(settings: dict) -> str:
     """The run's cell in words."""
     s = settings
-    part = {"none": "uncorrupted", "all": "100 %"}.get(s["side"], f"{s['percent']:g} % {s['side']}")
-    part += "" if s["method"] == "reinit" or s["side"] == "none" else f" ({s['method']})"
+    part = f"{s['percent']:g} % {s['side']}" if s["side"] in SIDES else f"layers {s['side']}"
+    part = {"none": "uncorrupted", "all": "100 %"}.get(s["side"], part)
+    how = "" if s["method"] == "reinit" else s["method"] + ("" if s["severity"] is None else f" {s['severity']:g}")
+    how += "" if s["parts"] == "all" else f" {s['parts']}"
+    part += f" ({how.strip()})" if how else ""
     how = ("" if s["pooling"] == "cls" else f", {s['pooling']} pooling") + (
         "" if s["tuning"] == "full" else f", {s['tuning']}"
     )

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 import stats
+import unpad
 from common import InputError, atomic_write, explain, file_lock, read_signed, sha256_of, write_signed
 
 TEXTS = ("text", "sentence1", "sentence2")  # the columns of a prepared set that a tokenizer reads
@@ -131,7 +132,7 @@ def compute_floors(tokens: datasets.DatasetDict, special_ids: list[int], folder:
 class CachedEncoder(nn.Module):
     """Stands in the place of a frozen encoder: gives the head the outputs that the encoder gave before.
 
-    They come as `inputs_embeds`, shape (rows, hidden size): the pooler's output where there is one, else position 0.
+    They come as `inputs_embeds`, shape (rows, hidden size), as `probe_features` reads them.
     """
 
     def forward(self, input_ids: None = None, inputs_embeds: torch.Tensor = None, **_: object) -> ModelOutput:
@@ -175,20 +176,22 @@ class Encoder:
         ).with_format("torch")
 
 
-def read_as_head(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the head reads: the pooler's output where there is one, else position 0."""
-    output = model.base_model(**batch)
-    pooled = output.get("pooler_output")
-    return {"inputs_embeds": output.last_hidden_state[:, 0] if pooled is None else pooled}
-
-
 @torch.no_grad()
-def probe_features(encoder: Encoder, data: datasets.DatasetDict) -> datasets.DatasetDict:
-    """What the head reads of all rows of `data` (tokens).
+def probe_features(encoder: Encoder, data: datasets.DatasetDict, pooling: str) -> datasets.DatasetDict:
+    """What the head reads of all rows of `data` (tokens): the pooler's output where there is one, else position 0, or
+    with `pooling` last the last real token.
 
     Leaves the model with `CachedEncoder` in the place of its encoder, so that what trains is its head alone. Raises
     InputError if the head then gives other logits than the whole model does.
     """
+
+    def read_as_head(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        output = model.base_model(**batch)
+        hidden, pooled = output.last_hidden_state, output.get("pooler_output")
+        if pooled is None:
+            pooled = unpad.last_token(hidden, batch["attention_mask"]) if pooling == "last" else hidden[:, 0]
+        return {"inputs_embeds": pooled}
+
     outputs, model = encoder.outputs(data, read_as_head), encoder.model
     few = data["test"][:8]
     logits = model(**encoder.batch_of(few)).logits

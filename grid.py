@@ -20,6 +20,7 @@ import signal
 import sys
 from contextlib import closing, suppress
 from dataclasses import replace
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
@@ -35,9 +36,12 @@ AXES = {  # name: type, help
         fraction,
         "parts of the encoder layers (default: 0 1/4 1/2 3/4 1, where that is a whole number of layers)",
     ),
+    "layers": (str, "instead: places such as 3 or 2-4,6, or each, for every single layer"),
     "learning_rate": (float, "a cell is the best of them"),
     "seed": (int, "one run for each (default: 0)"),
 }
+
+ANY_PLACE = {"corrupt": "bottom", "frac": Fraction(1)}  # for checks of flags that do not say which layers
 
 
 def parse() -> tuple[argparse.Namespace, dict, dict]:
@@ -67,8 +71,10 @@ def parse() -> tuple[argparse.Namespace, dict, dict]:
     shared = config.parse_flags(config.run_parser(__doc__), others)
     given = {name: tuple(getattr(args, name)) for name in AXES if name in args}
     try:
+        if "layers" in given and {"corrupt", "frac"} & given.keys():
+            raise InputError("--layers and --corrupt or --frac both say which layers: give one of them")
         for sweep in paper.PRESETS[args.preset]:
-            config.RunConfig(**sweep.fixed | shared)
+            config.RunConfig(**ANY_PLACE | sweep.fixed | shared)
     except InputError as error:
         parser.error(str(error))
     return args, given, shared
@@ -93,8 +99,12 @@ from config import Run, RunConfig
 
 def corruptions(sweep: paper.Sweep, layers: int) -> list[dict]:
     """The corruptions of a model with so many layers, 0 % first: fields of RunConfig."""
+    fracs = [Fraction(k, layers) for k in range(layers + 1)] if sweep.frac is None else sweep.frac
+    if sweep.layers:
+        named = range(1, layers + 1) if sweep.layers == ("each",) else sweep.layers
+        return [{}] * (0 in fracs and "none" in sweep.corrupt) + [{"layers": str(place)} for place in named]
     chosen = []
-    for frac in (frac for frac in sweep.frac if (frac * layers).denominator == 1):
+    for frac in (frac for frac in fracs if (frac * layers).denominator == 1):
         sides = {0: ("none",), 1: ("all",)}.get(frac, ("bottom", "top"))
         for side in (side for side in sides if side in sweep.corrupt):
             chosen.append({"corrupt": {"all": "bottom"}.get(side, side), "frac": frac} if frac else {})
@@ -108,12 +118,16 @@ def expand(preset: tuple[paper.Sweep, ...], axes: dict[str, tuple], shared: dict
     no run is left.
     """
     runs: dict[str, RunConfig] = {}
+    axes = ({"layers": ()} if {"corrupt", "frac"} & axes.keys() else {}) | axes
     for sweep in (replace(sweep, **axes) for sweep in preset):
         for model, dataset in product(sweep.model, sweep.dataset):
             chosen = corruptions(sweep, cost.shape_of(model).num_hidden_layers)
             for corruption, rate, seed in product(chosen, sweep.learning_rate, sweep.seed):
                 cell = {"model": model, "dataset": dataset, "learning_rate": rate, "seed": seed}
-                run = RunConfig(**sweep.fixed | cell | corruption | (shared or {}))
+                fields = sweep.fixed | cell | corruption | (shared or {})
+                if not corruption:
+                    fields = {name: value for name, value in fields.items() if name not in config.OF_CORRUPTION}
+                run = RunConfig(**fields)
                 runs.setdefault(str(replace(run, save_vectors=False)), run)
     if not runs:
         raise InputError("no cell is left: a --frac must be a whole number of layers, a --corrupt belong to it")
@@ -252,7 +266,7 @@ def dispatch(runs: list[Run], pool: executors.LocalPool | executors.RayPool) -> 
 def main() -> None:
     args, axes, shared = parse()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
-    base = RunConfig(**paper.PRESETS[args.preset][0].fixed | shared)
+    base = RunConfig(**ANY_PLACE | paper.PRESETS[args.preset][0].fixed | shared)
     try:
         runs = expand(paper.PRESETS[args.preset], axes, shared)
         data_prep.check_names(dict.fromkeys(run.dataset for run in runs), base.data_dir)

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 import corrupt
 import models
+import places
 import unpad
 from common import InputError, explain
 
@@ -33,7 +34,7 @@ def longest_input(folder: Path) -> int:
 def check_model(folder: Path, fingerprint: str, pooling: str, plain: bool) -> None:
     """Load the model once and check its tensors, its tokenizer and what its head reads. Raises InputError."""
     tokenizer = models.load_tokenizer(folder)
-    model, _ = corrupt.load_corrupted(folder, "none", None, seed=0)
+    model, _ = corrupt.load_corrupted(folder)
     ids, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if ids >= rows:
         raise InputError(f"{folder} has a tokenizer with ids up to {ids}, and embeddings for 0 to {rows - 1}: mend it")
@@ -55,12 +56,13 @@ def check_pooling(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]
     model.eval()
     mean = pooling == "mean"
     hook = unpad.pool_mean(model) if mean else None
-    place = unpad.encoder_of(model) if mean else corrupt.encoder_layers(model)[-1]
+    place = unpad.encoder_of(model) if mean else places.encoder_layers(model)[-1]
     expected = []
     for tokens in batches:
         real = tokens["attention_mask"].bool()
         first = torch.zeros_like(real).scatter(1, real.int().argmax(dim=1, keepdim=True), True)
-        read = (real & ~first if mean else first).unsqueeze(-1)
+        last = torch.zeros_like(real).scatter(1, real.shape[1] - 1 - real.flip(1).int().argmax(1, keepdim=True), True)
+        read = {"cls": first, "mean": real & ~first, "last": last}[pooling].unsqueeze(-1)
         noise = torch.randn((*real.shape, model.config.hidden_size), generator=corrupt.named_generator(0, "noise"))
         center = (noise * read).sum(1, keepdim=True) / read.sum(1, keepdim=True)  # for [CLS] the noise itself
         logits = model(**tokens).logits
@@ -68,8 +70,10 @@ def check_pooling(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]
         moved, unmoved = ((logits_with(it, place, model, tokens) - logits).abs().amax(1) for it in changes)
         rounding = 1e-3 * moved.min()
         if not unmoved.max() < rounding:
-            reads = "the mean of the other tokens alone" if mean else "[CLS] alone"
-            raise InputError(f"--pooling {pooling} needs a head that reads {reads}: {type(model).__name__}'s does not")
+            reads = {"cls": "[CLS]", "mean": "the mean of the other tokens", "last": "the last token"}[pooling]
+            advice = "encoders take cls or mean, decoders last"
+            name = type(model).__name__
+            raise InputError(f"--pooling {pooling} needs a head that reads {reads} alone, {name}'s does not: {advice}")
         expected.append((logits, rounding))
     if hook:
         hook.remove()

@@ -148,6 +148,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise InputError(f"{folder} has no tokenizer vocabulary: copy tokenizer.json there from where the model came")
     tokenizer.padding_side = "right"  # position 0 is the first token
+    if tokenizer.pad_token is None:  # decoders were trained without; a token that ends a text stands for it
+        tokenizer.pad_token = tokenizer.eos_token
     if raw is None:
         return tokenizer
     samples = [*((text,) for text in SAMPLES), SAMPLES[:2]]

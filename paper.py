@@ -169,7 +169,8 @@ class Sweep:
     dataset: tuple[str, ...]
     model: tuple[str, ...] = tuple(LAYERS)
     corrupt: tuple[str, ...] = ("none", "bottom", "top", "all")
-    frac: tuple[Fraction, ...] = tuple(Fraction(k, 4) for k in range(5))  # where it is a whole number of layers
+    frac: tuple[Fraction, ...] | None = tuple(Fraction(k, 4) for k in range(5))  # if whole layers; None: 0, 1, 2, ...
+    layers: tuple[str, ...] = ()  # instead of side and frac, as --layers takes them; each: every single layer
     learning_rate: tuple[float, ...] = (1e-5, 2e-5, 5e-5)
     seed: tuple[int, ...] = (0,)
     fixed: dict = field(default_factory=dict)  # other fields of config.RunConfig, the same for every run
@@ -186,6 +187,25 @@ FIGURE_1 = Sweep(("ag_news",), model=("bert-base-uncased",), frac=QUARTER, fixed
 DEMO = Sweep(("rotten_tomatoes",), model=("minilm",), learning_rate=(8e-5,), fixed={"num_train_epochs": 2.0})
 DEMO_BBC = replace(DEMO, dataset=("bbc_news",), learning_rate=(2e-4,), fixed={**DEMO.fixed, "save_vectors": True})
 DEMO_PROBE = replace(DEMO, dataset=("bbc_news",), learning_rate=(1e-2,), fixed={"tuning": "probe"})
+# The lab (docs/lab.md), at the demo's size. A method or a tuning that needs another learning rate has its own.
+HALF = (Fraction(0), Fraction(1, 2))
+LAB = Sweep(("rotten_tomatoes",), model=("minilm",), frac=HALF, learning_rate=(1e-4,), fixed={"num_train_epochs": 3.0})
+METHODS = (
+    *(("reinit", None), ("normal", None), ("noise", 0.5), ("noise", 1.0), ("shuffle", None), ("prune", 0.5)),
+    *(("prune", 0.9), ("prune_random", 0.5), ("bitflip", 1e-4), ("permute", None), ("drop", None)),
+)
+TUNING_RATES = {"full": 1e-4, "corrupted": 2e-4, "intact": 1e-4, "bitfit": 2e-3, "lora": 1e-3, "llrd": 1e-4}
+
+
+def vary(sweep: Sweep, **fixed: object) -> Sweep:
+    return replace(sweep, fixed=sweep.fixed | fixed)
+
+
+def tuned(tuning: str) -> Sweep:
+    sides = ("bottom", "top") if tuning in ("corrupted", "intact") else LAB.corrupt
+    return replace(vary(LAB, tuning=tuning), learning_rate=(TUNING_RATES[tuning],), corrupt=sides)
+
+
 PRESETS = {
     "demo": (DEMO, DEMO_BBC, DEMO_PROBE),
     "table1": (TABLE_1,),
@@ -194,5 +214,9 @@ PRESETS = {
     "table4b": (TABLE_4B,),
     "table5": (TABLE_5,),
     "figure1": (FIGURE_1,),
+    "methods": tuple(vary(LAB, method=name, severity=severity) for name, severity in METHODS),
+    "places": tuple(vary(replace(LAB, layers=("each",)), parts=parts) for parts in ("all", "attention", "ffn")),
+    "tunings": tuple(map(tuned, TUNING_RATES)),
+    "progressive": (replace(LAB, frac=None),),
     "paper": (FIGURE_1, TABLE_1, TABLE_3, TABLE_4, TABLE_5),  # Figure 1's runs are among Table 1's
 }

@@ -7,10 +7,10 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-import corrupt
 import data_prep
 import models
 import paper
+import places
 from config import AFFECTS, FIELDS, NEUTRAL_VALUES, RESULTS_VERSION, Run, RunConfig
 
 
@@ -22,7 +22,7 @@ def resolve_run(config: RunConfig, prepare: bool = True) -> Run | None:
     """
     folder, revision = models.find_model(config.model, config.revision)
     layers = models.load_config(folder).num_hidden_layers
-    side, frac, _ = corrupt.select_layers(config.corrupt, config.frac, layers)
+    place = places.select_layers(config.corrupt, config.frac, layers, config.layers)
     data = (data_prep.ensure_prepared if prepare else data_prep.up_to_date)(config.dataset, config.data_dir)
     if data is None:
         return None
@@ -31,9 +31,9 @@ def resolve_run(config: RunConfig, prepare: bool = True) -> Run | None:
         "results_version": RESULTS_VERSION,
         "model": name,
         "model_fingerprint": models.model_fingerprint(folder),
-        "side": side,
-        "frac": str(frac),
-        "percent": float(100 * frac),
+        "side": place.side,
+        "frac": str(place.frac),
+        "percent": float(100 * place.frac),
         "dataset": data["dataset"],
         "data_fingerprint": data["fingerprint"],
     }

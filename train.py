@@ -7,8 +7,8 @@
 Every field of `TrainingArguments` is a flag; those in PROTOCOL of config.py are refused: every run is evaluated after
 each epoch and keeps the best. The run's folder, outputs/runs/<run>, appears whole, with `epochs.csv`,
 `predictions.csv.gz` (each test row, each epoch), `log.txt` and `result.json`. A run that is there already is not done
-again. With --resume one that was cut off goes on from its last epoch. Another way to fine-tune is one function and its
-entry in TUNINGS.
+again. With --resume one that was cut off goes on from its last epoch. corrupt.py has the methods of corruption,
+tunings.py the ways to fine-tune.
 """
 
 import dataclasses
@@ -61,6 +61,7 @@ import probe
 import resolve
 import run_dir
 import stats
+import tunings
 import unpad
 from common import USER_ERRORS, InputError, RunError, explain, fail, git_commit, in_worker, one_line, write_signed
 from config import Run, RunConfig
@@ -70,11 +71,11 @@ SEEDS = ("corrupt_seed", "head_seed", "data_seed")  # each is --seed unless it i
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "numpy")
 
 
-# ---- How it is tuned ----
+# ---- What is read ----
 
 
 class Trainable(NamedTuple):
-    """What a tuning makes ready: it changes the model in place, and returns the rows and how they become a batch."""
+    """What a run reads with: a tuning that reads something else than tokens gets it."""
 
     model: PreTrainedModel
     tokens: datasets.DatasetDict
@@ -83,25 +84,23 @@ class Trainable(NamedTuple):
     args: TrainingArguments
 
 
-def tune_full(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
-    """Everything trains."""
+def read_tokens(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
     return parts.tokens, DataCollatorWithPadding(parts.tokenizer)
 
 
-def tune_probe(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
-    """The head trains, on what the frozen encoder gives (section A.2); that is computed once for all learning rates."""
-    return features.probe_features(frozen(parts), parts.tokens), default_data_collator
+def read_probe(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
+    """What the frozen encoder gives its head, computed once for all learning rates (section A.2)."""
+    return features.probe_features(frozen(parts), parts.tokens, parts.run.config.pooling), default_data_collator
 
 
-def tune_probe_converged(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
-    """Nothing trains by steps: `run_training` fits probe.py's logistic regression to what the frozen encoder gives."""
+def read_probe_converged(parts: Trainable) -> tuple[datasets.DatasetDict, Callable]:
+    """What `run_training` fits probe.py's logistic regression to: nothing trains by steps."""
     wanted = parts.run.config
     reader = probe.layer_reader(wanted.probe_reads, wanted.probe_layers == "all")
     return frozen(parts).outputs(parts.tokens, reader), default_data_collator
 
 
-# --tuning
-TUNINGS = {"full": tune_full, "probe": tune_probe, "probe_converged": tune_probe_converged}
+READS = {"probe": read_probe, "probe_converged": read_probe_converged}  # by --tuning; the others read tokens
 
 
 def frozen(parts: Trainable) -> features.Encoder:
@@ -197,21 +196,19 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
     seeds = {name: wanted.seed if getattr(wanted, name) is None else getattr(wanted, name) for name in SEEDS}
     model, corruption = corrupt.load_corrupted(
         run.model_folder,
-        wanted.corrupt,
-        wanted.frac,
+        corrupt.Corruption.of(wanted),
         seeds["corrupt_seed"],
-        wanted.kaiming_a,
-        wanted.method,
         seeds["head_seed"],
         id2label=labels,
         label2id=label2id,
     )
     if models.model_fingerprint(run.model_folder) != run.settings["model_fingerprint"]:
         raise RunError(f"{run.model_folder} was changed while it was being loaded: start the run again")
+    tunings.TUNINGS[wanted.tuning](model, corruption, wanted)  # first: lora puts modules in the place of others
     plain = wanted.no_unpadding or args.device.type != "cpu"  # none of it has been measured on a GPU
     plain |= wanted.tuning == "probe_converged"  # which reads every layer and every token
     speed = {"unpadded": unpad.speed_up_encoder(model, wanted.pooling, plain)}
-    rows, collator = TUNINGS[wanted.tuning](Trainable(model, tokens, tokenizer, run, args))
+    rows, collator = READS.get(wanted.tuning, read_tokens)(Trainable(model, tokens, tokenizer, run, args))
     metric, predicted = evaluate.load(str(METRIC), keep_in_memory=True), []
 
     def compute_metrics(evaluated: transformers.EvalPrediction) -> dict[str, float]:
@@ -234,7 +231,7 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
 
     # epoch k's order has the seed data_seed + k: with the plain seed, that of epoch 2 would be seed 1's of epoch 1
     args.data_seed = corrupt.seed_of(seeds["data_seed"], "data order")
-    trainer = Trainer(
+    trainer = (tunings.LayerwiseTrainer if wanted.tuning == "llrd" else Trainer)(
         model_init=lambda: model,  # asked for twice, at first and when training begins: nothing trains it in between
         args=args,
         data_collator=collator,
@@ -245,6 +242,7 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
         compute_metrics=compute_metrics,
         callbacks=[callbacks.StopIfDiverged()],
     )
+    trainer.layer_decay = wanted.layer_decay
     in_force(trainer)
     known = {"tokens": {part: sum(rows["length"]) for part, rows in tokens.items()}}
     known["floors"] = features.compute_floors(tokens, tokenizer.all_special_ids, folder)
@@ -256,11 +254,11 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
 
 def check(wanted: RunConfig) -> None:
     """Check all that can be checked before the rows are prepared and a weight is loaded. Raises InputError."""
-    if wanted.tuning not in TUNINGS:
-        raise InputError(f"--tuning {wanted.tuning} is not known: choose from {', '.join(TUNINGS)}")
+    if wanted.tuning not in tunings.TUNINGS:
+        raise InputError(f"--tuning {wanted.tuning} is not known: choose from {', '.join(tunings.TUNINGS)}")
     training_arguments(wanted, Path(), "")
     folder, _ = models.find_model(wanted.model, wanted.revision)
-    corrupt.check_corruptible(folder, wanted.corrupt, wanted.frac, wanted.method)
+    corrupt.check_corruptible(folder, corrupt.Corruption.of(wanted))
     if wanted.probe_reads == "pooler" and getattr(corrupt.empty_model(folder).base_model, "pooler", None) is None:
         raise InputError(f"{wanted.model} has no pooler: give --probe_reads cls or mean")
     longest = model_check.longest_input(folder)
@@ -310,12 +308,13 @@ def run_training(run: Run) -> dict:
         else:
             train(trainer, run, checkpoint)
             epochs = epoch_table(trainer.state.log_history)
+        trained = trainer.model.num_parameters(only_trainable=True) if trainer.optimizer else None
         evaluating = sum(row.get("eval_runtime", 0) for row in trainer.state.log_history)
         best = epochs.to_dict("records")[epochs["weighted_f1"].idxmax()]
         best_classes, rows = predicted[epochs["weighted_f1"].idxmax()], np.argsort(order)
         predictions = test.assign(**{f"epoch_{k}": classes[rows] for k, classes in enumerate(predicted, 1)})
         if run.config.save_model or run.config.save_vectors:
-            with unpad.capture_pooled(trainer.model) as pooled:
+            with unpad.capture_pooled(trainer.model, run.config.pooling) as pooled:
                 read_back = trainer.predict(trainer.eval_dataset)
             if (read_back.predictions.argmax(-1) != best_classes).any():
                 raise RunError(
@@ -325,6 +324,7 @@ def run_training(run: Run) -> dict:
         if run.config.save_vectors:
             np.save(new / "vectors.npy", torch.cat(pooled).numpy()[rows], allow_pickle=False)
         if run.config.save_model:
+            tunings.merge_lora(trainer.model)
             trainer.processing_class.model_max_length = run.config.max_length
             trainer.save_model(str(new / "model"))
             if run.config.pooling == "mean":
@@ -344,6 +344,7 @@ def run_training(run: Run) -> dict:
                 "revision": run.revision,
                 "architecture": type(trainer.model).__name__,
                 "parameters": trainer.model.num_parameters(),
+                "trained": trained,
             },
             "data": {name: run.data[name] for name in ("request", "source", "dropped", "rows", "rows_per_class")}
             | known,

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import ModelOutput
 
-import corrupt
+import places
 
 # Architectures whose layers mix tokens in the attention function alone, which transformers lets one replace.
 # Of each: a layer's query, and what follows the attention and takes all that the rest of the layer reads.
@@ -35,7 +35,7 @@ STEPS = 2**16  # a dropout probability is rounded to a multiple of 1 / STEPS
 
 def encoder_of(model: PreTrainedModel) -> nn.Module:
     """The module that runs the encoder's list of layers; its output is what pooler and head read."""
-    layers = corrupt.encoder_layers(model)
+    layers = places.encoder_layers(model)
     return next(module for module in model.base_model.modules() if any(child is layers for child in module.children()))
 
 
@@ -64,6 +64,12 @@ def with_output(output: ModelOutput | tuple, hidden: torch.Tensor) -> ModelOutpu
 def first_token(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[CLS] of each row, the first position that is not padding: (rows, positions, hidden size) to (rows, hidden)."""
     return hidden[torch.arange(len(hidden), device=hidden.device), mask.argmax(dim=1)]
+
+
+def last_token(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The last position of each row that is not padding, which a decoder's head reads. Shapes as of `first_token`."""
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 def mean_of_others(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -166,7 +172,7 @@ def narrow_last_layer(model: PreTrainedModel, get_layout: Callable[[], UnpaddedL
     Behind the last layer's attention no token reads another, so that those which the head does not read need no query,
     no feed-forward, and have no gradient there. `get_layout` gives the layout of the batch in hand.
     """
-    last = corrupt.encoder_layers(model)[-1]
+    last = places.encoder_layers(model)[-1]
     query, rest = (last.get_submodule(name) for name in UNPADDABLE[model.config.model_type])
 
     def pick(module: nn.Module, args: tuple) -> tuple:
@@ -239,7 +245,7 @@ def keep_mask(elements: int, p: float, dtype: torch.dtype) -> torch.Tensor:
 
 def speed_up_encoder(model: PreTrainedModel, pooling: str, plain: bool) -> bool:
     """Hook the pooling into the model and, unless it is to stay `plain`, unpad it; returns whether it is unpadded."""
-    unpadded = not plain and model.config.model_type in UNPADDABLE
+    unpadded = not plain and pooling != "last" and model.config.model_type in UNPADDABLE
     if unpadded:
         unpad(model, pooling)
     elif pooling == "mean":
@@ -248,12 +254,19 @@ def speed_up_encoder(model: PreTrainedModel, pooling: str, plain: bool) -> bool:
 
 
 @contextmanager
-def capture_pooled(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """A list that fills, batch by batch, with the encoder's output at position 0: what pooler and head read.
+def capture_pooled(model: PreTrainedModel, pooling: str = "cls") -> Iterator[list[torch.Tensor]]:
+    """A list that fills, batch by batch, with the encoder's output where pooler and head read it.
 
-    Each tensor has the shape (rows, hidden size), in float32 on the CPU.
+    That is position 0, where the mean stands, too; with `pooling` last the last real token. Each tensor has the shape
+    (rows, hidden size), in float32 on the CPU.
     """
     pooled: list[torch.Tensor] = []
-    hook = encoder_of(model).register_forward_hook(lambda *call: pooled.append(call[2][0][:, 0].float().cpu()))
+    get_mask = mask_getter(model) if pooling == "last" else None
+
+    def keep(module: nn.Module, args: tuple, output: ModelOutput | tuple) -> None:
+        rows = last_token(output[0], get_mask()) if get_mask else output[0][:, 0]
+        pooled.append(rows.float().cpu())
+
+    hook = encoder_of(model).register_forward_hook(keep)
     yield pooled
     hook.remove()

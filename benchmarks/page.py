@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common
 import config
-import corrupt
 import cost
 import data_prep
 import grid
 import paper
+import places
 import resolve
 import run_dir
 import stats
@@ -60,10 +60,10 @@ def write_run(
 ) -> None:  # fmt: skip
     """A run's folder as train.py leaves it, with about these F1 (0 to 1) by epoch, or predicting only one class."""
     layers = cost.shape_of(wanted.model).num_hidden_layers
-    side, frac, corrupted = corrupt.select_layers(wanted.corrupt, wanted.frac, layers)
+    place = places.select_layers(wanted.corrupt, wanted.frac, layers)
     settings = {"results_version": config.RESULTS_VERSION, "model": wanted.model, "dataset": wanted.dataset}
     settings |= {"model_fingerprint": wanted.model.ljust(64, "0"), "data_fingerprint": wanted.dataset.ljust(64, "0")}
-    settings |= {"side": side, "frac": str(frac), "percent": float(100 * frac)}
+    settings |= {"side": place.side, "frac": str(place.frac), "percent": float(100 * place.frac)}
     settings |= config.NEUTRAL_VALUES | {k: v for k, v in vars(wanted).items() if k in config.NEUTRAL_VALUES}
     folder = Path(wanted.output_dir) / "runs" / config.run_name(settings)
     folder.mkdir(parents=True)
@@ -100,8 +100,10 @@ def write_run(
         },
         "corruption": {
             "num_layers": layers,
-            "layers": [layer + 1 for layer in corrupted],
-            "tensors": [tensor] * (TENSORS * len(corrupted)),
+            "place": str(place),
+            "relative_change": None,
+            "layers": [layer + 1 for layer in place.layers],
+            "tensors": [tensor] * (TENSORS * len(place.layers)),
         },
         "resumed_from": [],
         "seconds": {"train": 50.0, "evaluate": 5.0, "total": 60.0},
