@@ -22,32 +22,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pandas.api.typing import DataFrameGroupBy
 
 import data_sources
+import lab
 import run_dir
 import stats
 from common import InputError, atomic_write, make_parser, one_line, run_script
-from config import FIELDS, NEUTRAL_VALUES, RunConfig
-from paper import (
-    CLAIMS,
-    DATASETS,
-    LAYERS,
-    MODELS,
-    TABLES,
-    TEST_ROWS,
-    dataset_title,
-    model_title,
-    published_cells,
-    table_of,
-)
+from config import FIELDS, NEUTRAL_VALUES, OF_CORRUPTION, SIDES, RunConfig, exact
+from paper import CLAIMS, LAYERS, TABLES, TEST_ROWS, published_cells, table_of
+from tables import as_text, count_missing, groups, latex, markdown, paper_table, plain_latex, plain_markdown
 
-CELL = ["model", "variant", "side", "percent", "dataset", "pooling", "tuning"]
+CELL = ["model", "variant", "method", "parts", "side", "percent", "dataset", "pooling", "tuning"]
 RUN = [*CELL, "learning_rate", "seed"]
-ACROSS = r"(0|100)%"  # the corruption in rows that have one number for bottom and top
 FLOORS = ("constant", "guessing", "words")
 PLACE = ["table", "model", "percent", "side", "dataset"]  # a cell of a paper table
-KNOWN = {"table": TABLES, "model": MODELS, "dataset": DATASETS}  # columns that have an order in paper.py
 
 
 def warn(line: str) -> None:
@@ -107,12 +95,18 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
 def result_row(result: dict) -> dict:
     """A run's row, from its result.json. Raises what is in UNREADABLE if a field is missing or makes no sense."""
     settings, kinds = result["settings"], {"percent": float, "learning_rate": float, "seed": int}
-    RunConfig(**{name: settings[name] for name in FIELDS if name in settings})  # refuses what no run can be
+    settings, corruption = NEUTRAL_VALUES | settings, result["corruption"]
+    fields = {name: settings[name] for name in FIELDS if name in NEUTRAL_VALUES}
+    RunConfig(**fields | ({} if settings["side"] == "none" else {"layers": settings["side"]}))  # refuses what cannot be
     row = {name: kinds.get(name, str)(settings[name]) for name in RUN if name != "variant"}
-    row["layers"], of_layers = len(result["corruption"]["layers"]), result["corruption"]["num_layers"]
+    row["method"] += "" if settings["severity"] is None else f" {exact(settings['severity'])}"
+    layers, of_layers = corruption["layers"], corruption["num_layers"]
+    row |= {"layers": len(layers), "place": corruption.get("place", "-".join(map(str, layers[:1] + layers[1:][-1:])))}
     sides = {0: ("none",), 100: ("all",)}.get(row["percent"], ("bottom", "top"))
-    if row["side"] not in sides or row["layers"] != round(row["percent"] / 100 * of_layers):
+    if row["side"] not in (*sides, row["place"]) or row["layers"] != round(row["percent"] / 100 * of_layers):
         raise ValueError(f"{row['layers']} of {of_layers} layers are not {row['side']} {row['percent']} %")
+    change = corruption.get("relative_change")
+    row |= {"relative_change": np.nan if change is None else float(change), "trained": result["model"].get("trained")}
     row |= {"f1": 100 * result["weighted_f1"], "accuracy": 100 * result["accuracy"]}
     row |= {name: result[name] for name in ("best_epoch", "epochs", "commit")}
     row |= {"seconds": round(result["seconds"]["total"], 1), "device": result["device"]["name"]}
@@ -130,7 +124,8 @@ def other_settings(result: dict) -> dict[str, str]:
     request = result["data"]["request"]
     prepared = {"train_size": request["train_size"], "test_size": request["test_size"], "split_seed": request["seed"]}
     settings = NEUTRAL_VALUES | prepared | result["settings"]
-    return {name: json.dumps(value).strip('"') for name, value in settings.items() if name not in (*RUN, "frac")}
+    own = {*RUN, *OF_CORRUPTION, "frac"}
+    return {name: json.dumps(value).strip('"') for name, value in settings.items() if name not in own}
 
 
 def variants(runs: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
@@ -162,15 +157,17 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
         warn(note)
     cells = stats.pick_learning_rate(comparable, CELL).reset_index()
     tables = [table_of(*place) for place in cells[["pooling", "tuning", "dataset"]].values]
-    cells["table"] = pd.array(tables, dtype="str")
-    column = [name for name in CELL if name not in ("side", "percent")]
+    of_paper = cells["method"].eq("reinit") & cells["parts"].eq("all") & cells["side"].isin(SIDES)
+    cells["table"] = pd.Series(pd.array(tables, dtype="str")).where(of_paper)
+    column = ["model", "variant", "dataset", "pooling", "tuning"]
     uncorrupted = (
         cells["f1"].where(cells["side"] == "none").groupby([cells[name] for name in column]).transform("first")
     )
     cells["recovery"] = stats.recovery(cells["f1"], uncorrupted, cells["floor"])
     columns = ["f1", "f1_std", "recovery", "cross_fitted", "selection_bias", "seeds"]
     columns += ["learning_rate", "learning_rates_tried", "lr_at_grid_edge"]
-    columns += ["collapsed", "collapsed_share", "constant_f1", "floor", "words", "layers", "runs"]
+    columns += ["collapsed", "collapsed_share", "constant_f1", "floor", "words", "layers", "place"]
+    columns += ["relative_change", "trained", "runs"]
     return cells[["table", *CELL, *columns]]
 
 
@@ -182,93 +179,8 @@ def floors_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """A CSV that a script wrote, read back: names stay text."""
-    names = dict.fromkeys(("table", "model", "variant", "dataset", "label_name"), "str")
-    return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=names).fillna({"variant": ""})
-
-
-def in_order(names: pd.Series) -> list[str]:
-    """The names that occur: those of paper.py first, in their order there, then the others."""
-    known = [*KNOWN.get(names.name, ())]
-    return sorted(set(names), key=lambda name: ([*known, name].index(name), name))
-
-
-def groups(frame: pd.DataFrame, *by: str) -> DataFrameGroupBy:
-    """As groupby, but in the order of paper.py."""
-    ordered = frame.sort_values([*by], key=lambda names: names.map(in_order(names).index), kind="stable")
-    return ordered.groupby([*by], sort=False)
-
-
-def as_text(numbers: pd.Series, form: str = "{:.2f}") -> pd.Series:
-    """The numbers as text, empty where there is none."""
-    return numbers.map(form.format).where(numbers.notna(), "")
-
-
-def format_cells(cells: pd.DataFrame, bold: str, red: str) -> pd.Series:
-    """One table's cells as text: the higher of bottom and top in bold, collapsed ones in red, deviation over seeds."""
-    texts = as_text(cells["f1"])
-    f1 = pd.to_numeric(texts)
-    lowest = f1.groupby([cells[name] for name in ("model", "variant", "percent", "dataset")]).transform("min")
-    texts = texts.mask(cells["collapsed"].eq(True), texts.map(red.format))
-    texts = texts.mask(f1 > lowest, texts.map(bold.format))
-    return texts + as_text(cells["f1_std"], " ± {:.2f}")
-
-
-def paper_table(cells: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
-    """One table in the paper's layout, of a value for each of its cells, ours or the paper's.
-
-    A row for each model and degree of corruption; columns `model`, `corruption`, and for each data set
-    `<data set> bottom` and `<data set> top`. 0 % and 100 % have no side: the paper prints one number across both
-    columns, here it stands in both. A cell that is not there is empty.
-    """
-    columns = pd.MultiIndex.from_product([in_order(cells["dataset"]), ["bottom", "top"]])
-    cells = cells.assign(model=pd.Categorical(cells["model"], in_order(cells["model"])), value=values.astype(object))
-    across = cells["percent"].isin([0, 100])
-    cells = pd.concat([cells[~across], *(cells[across].assign(side=side) for side in columns.levels[1])])
-    table = cells.pivot(index=["model", "variant", "percent", "layers"], columns=["dataset", "side"], values="value")
-    table = table.reindex(columns=columns, fill_value="").fillna("")
-    table.columns = [" ".join(f"{dataset_title(name)} {side}".split()) for name, side in columns]
-    table.insert(0, "model", [" ".join(f"{model_title(name)} {variant}".split()) for name, variant, *_ in table.index])
-    table.insert(1, "corruption", [f"{part:g}% (1-{depth})" if depth else "0%" for *_, part, depth in table.index])
-    return table.reset_index(drop=True)
-
-
-def count_missing(table: pd.DataFrame) -> int:
-    """The cells in a table's rows and columns that were not run; 0 % and 100 % are one for bottom and top."""
-    return int((table.eq("").sum(axis=1) / (1 + table["corruption"].str.match(ACROSS))).sum())
-
-
-def markdown(cells: pd.DataFrame) -> str:
-    """One table in Markdown; a dagger stands for red."""
-    table = paper_table(cells, format_cells(cells, "**{}**", "{}†"))
-    legend = "\n\n† collapsed: predictions of a run of the cell, or of more, say nothing about the labels"
-    text = table.replace(r"\|", r"\|", regex=True).to_markdown(index=False, disable_numparse=True)
-    return f"{text}{legend if cells['collapsed'].any() else ''}\n"
-
-
-def latex(cells: pd.DataFrame) -> str:
-    """A tabular for \\input; the number of 0 % and 100 % stands across bottom and top, as in the paper."""
-    table = paper_table(cells, format_cells(cells, r"\textbf{{{}}}", r"\textcolor{{red}}{{{}}}"))
-    across, bottoms, tops = table["corruption"].str.match(ACROSS), table.columns[2::2], table.columns[3::2]
-    table.loc[across, bottoms] = table[bottoms].map(r"\multicolumn{{2}}{{c}}{{{}}}".format)
-    table.loc[across, tops] = "@"
-    table = table.set_index(["model", "corruption"]).rename_axis([None, None])
-    table.columns = pd.MultiIndex.from_tuples([(name.rpartition(" ")[0], name.split()[-1].title()) for name in table])
-    style = table.style.format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
-    form = {"column_format": "ll" + "c" * table.shape[1], "multicol_align": "c", "multirow_align": "naive"}
-    text = style.to_latex(**form, hrules=True, clines="skip-last;data")
-    for sign, name in (("|", "bar"), ("<", "less"), (">", "greater")):  # in TeX's own fonts they are others
-        text = text.replace(sign, rf"\text{name}{{}}")
-    rule = f"\\cline{{1-{2 + table.shape[1]}}}\n"
-    text = text.replace(rule + r"\bottomrule", r"\bottomrule").replace(rule, "\\midrule\n").replace(" & @", "")
-    text = text.replace(" &  & Bottom", "Model & Corruption & Bottom", 1)
-    needs = "% needs \\usepackage{booktabs,graphicx,xcolor}; as wide as the line at most\n"
-    if not text.replace("±", "").isascii():
-        needs += (
-            "% and xelatex or lualatex, with \\usepackage{fontspec} and a \\setmainfont that has all of the names\n"
-        )
-    needs += "% red: a collapsed run, whose predictions say nothing about the labels\n"
-    fit = "}\\ifdim\\wd0>\\linewidth\\resizebox{\\linewidth}{!}{\\usebox0}\\else\\usebox0\\fi\n"
-    return f"{needs}\\noindent\\sbox0{{%\n{text}{fit}"
+    names = dict.fromkeys(("table", "model", "variant", "dataset", "label_name", "side", "place"), "str")
+    return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=names).fillna({"variant": "", "place": ""})
 
 
 def compare(ours: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
@@ -390,16 +302,25 @@ def main() -> None:
         problems += left_out + unlike
         tables = {n: of_table for (n,), of_table in groups(in_tables, "table")}
         texts = {f"table{n}": paper_table(of_table, as_text(of_table["f1"])) for n, of_table in tables.items()}
+        beyond = lab.lab_cells(cells)
+        texts |= {f"table{n}": lab.lab_table(n, of_table) for n, of_table in beyond.items()}
         frames = {"results": runs, "cells": cells, "comparison": compare(in_tables, paper)}
         frames |= compare_claims(in_tables, fixed, intervals, paper, args.run_deviation)
         frames |= {"floors": floors_table(runs), "table2": table2, **texts}
+        frames |= {"lab": lab.differences(beyond, cells, fixed, CELL)} if beyond else {}
         files = {f"{name}.csv": frame.to_csv(index=False) for name, frame in frames.items()}
         for n, of_table in tables.items():
             files |= {f"table{n}.md": markdown(of_table), f"table{n}.tex": latex(of_table)}
+        for n in beyond:
+            files |= {
+                f"table{n}.md": plain_markdown(texts[f"table{n}"]),
+                f"table{n}.tex": plain_latex(texts[f"table{n}"]),
+            }
         with ExitStack() as stack:  # all files or none
             for name, text in files.items():
                 stack.enter_context(atomic_write(output_dir / name)).write_text(text, encoding="utf-8")
-        for name in {f"table{n}.{kind}" for n in TABLES for kind in ("csv", "md", "tex")} - files.keys():
+        kinds = [f"table{n}.{kind}" for n in (*TABLES, *lab.LAB_TABLES) for kind in ("csv", "md", "tex")]
+        for name in {*kinds, "lab.csv"} - files.keys():
             (output_dir / name).unlink(missing_ok=True)  # of runs that are gone
     except (InputError, OSError) as error:
         parser.error("\n".join([*problems, *failed, str(error)]))
@@ -410,14 +331,18 @@ def main() -> None:
     for n in tables:
         caption = f"weighted F1 in percent {TABLES[n].caption}; bold: the higher side"
         print(f"Table {n}: {caption}\n\n{files[f'table{n}.md']}")
+    for n in beyond:
+        print(f"Table {n}: weighted F1 in percent {lab.LAB_TABLES[n][0]}\n\n{files[f'table{n}.md']}")
     print(f"Claims, each comparison and their mean judged by the seeds\n\n{claims_markdown(frames['claims'])}\n")
-    empty = sum(map(count_missing, texts.values()))
+    empty = sum(count_missing(texts[f"table{n}"]) for n in tables)
     cells_line = (
         f"{len(in_tables)} cells from {len(runs)} runs, {empty} cells missing in the rows and columns that are there"
     )
     print("\n".join([cells_line, *missing, *failed]))
-    if len(cells) > len(in_tables):
-        warn(f"{len(cells) - len(in_tables)} cells are of a pooling and tuning that no table has: see cells.csv")
+    if nowhere := len(
+        set(cells.index) - {*in_tables.index, *(index for frame in beyond.values() for index in frame.index)}
+    ):
+        warn(f"{nowhere} cells are of a pooling, tuning or corruption that no table has: see cells.csv")
     print(f"-> {output_dir}/{', '.join(files)}")
     if problems:
         sys.exit("\n".join(problems))  # on stderr, with exit code 1

@@ -36,9 +36,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits
 
 import run_dir
-from aggregate import groups, read_csv
+from aggregate import read_csv
 from common import InputError, atomic_write, fail, fraction, make_parser, one_line, run_script
 from paper import dataset_title, model_name, model_title
+from tables import groups
 
 COLUMN = 3.3  # inches
 # Okabe and Ito's palette, which colour-blind eyes tell apart; more classes than colours take the next marker.
@@ -64,7 +65,8 @@ def describe_model(cell: dict | pd.Series) -> str:
 
 
 def describe_corruption(side: str, percent: float) -> str:
-    return {"none": "uncorrupted", "all": "100 %"}.get(side, f"{side} {percent:g} %")
+    known = {"none": "uncorrupted", "all": "100 %", "bottom": f"bottom {percent:g} %", "top": f"top {percent:g} %"}
+    return known.get(side, f"layers {side}")
 
 
 # ---- F1 by epoch, and against the corrupted fraction ----
@@ -232,7 +234,7 @@ def choose_runs(output_dir: Path, choice: dict[str, object]) -> dict[tuple[str, 
     results = output_dir / "results.csv"
     if not results.is_file():
         raise InputError(f"{results} is not there: run python aggregate.py --output_dir {output_dir} first")
-    runs = read_csv(results).query("pooling == 'cls' and tuning == 'full'")
+    runs = read_csv(results).query("pooling == 'cls' and tuning == 'full' and method == 'reinit' and parts == 'all'")
     runs = runs[[(output_dir / "runs" / run / "vectors.npy").is_file() for run in runs["run"]]]
     if runs.empty:
         raise InputError(f"no run of {results} (pooling cls, full tuning) has vectors: {MORE_VECTORS}")

@@ -22,23 +22,16 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+import lab
+import lab_plots
 import plots
 import run_dir
 import stats
-from aggregate import (
-    as_text,
-    count_missing,
-    format_cells,
-    groups,
-    missing_lines,
-    other_settings,
-    paper_table,
-    read_csv,
-    read_failures,
-)
+from aggregate import missing_lines, other_settings, read_csv, read_failures
 from common import InputError, atomic_write, fail, make_parser, one_line, run_script, sha256_of
 from config import exact
 from paper import CLAIMS, TABLES, dataset_title, model_title, published_cells
+from tables import as_text, count_missing, format_cells, groups, paper_table
 
 COLUMNS = ["table", "model", "variant", "dataset"]  # a column of a table, for one model
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -55,6 +48,7 @@ class ResultSet(NamedTuple):
     cells: pd.DataFrame  # cells.csv
     comparisons: pd.DataFrame  # comparisons.csv
     claims: pd.DataFrame  # claims.csv
+    lab: pd.DataFrame  # lab.csv; empty where no table of the lab has cells
     results: dict[str, dict]  # each run's result.json
     epochs: dict[str, pd.DataFrame]  # each run's epochs.csv
     failures: dict[str, str]  # why a run failed
@@ -69,6 +63,7 @@ def read(output_dir: Path) -> ResultSet:
     try:
         names = ("results", "cells", "comparisons", "claims")
         runs, cells, comparisons, claims = (read_csv(output_dir / f"{name}.csv") for name in names)
+        beyond = read_csv(output_dir / "lab.csv") if lab.lab_cells(cells) else pd.DataFrame()
     except (OSError, ValueError) as error:
         raise InputError(f"the tables are not there ({one_line(error)}): {again}") from error
     results, epochs = {}, {}
@@ -85,7 +80,7 @@ def read(output_dir: Path) -> ResultSet:
             raise InputError(f"{folder} is not what results.csv was made from ({one_line(error)}): {again}") from error
     folders = sorted(path.parent.name for path in output_dir.glob("runs/*/result.json"))
     failures, left_out = read_failures(output_dir)[0], [run for run in folders if run not in results]
-    return ResultSet(runs, cells, comparisons, claims, results, epochs, failures, left_out)
+    return ResultSet(runs, cells, comparisons, claims, beyond, results, epochs, failures, left_out)
 
 
 # ---- Ours beside the reference: the paper, or another output folder ----
@@ -253,7 +248,9 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
     ours = read(output_dir)
     in_tables = ours.cells.dropna(subset="table")
     if in_tables.empty:
-        raise InputError("no cell belongs to a table: none has their pooling and tuning (see cells.csv)")
+        raise InputError(
+            "no cell belongs to a table of the paper's kind: run the uncorrupted model, too (see cells.csv)"
+        )
     if compare_to:
         if compare_to.resolve() == output_dir.resolve():
             raise InputError(f"--compare_to {compare_to} is the output folder itself: give another")
@@ -273,7 +270,7 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
     claims = ours.claims[ours.claims["source"] == "ours"].merge(
         judged, how="left", on=["table", "claim"], suffixes=("", "_reference")
     )
-    rows = forest_rows(ours)
+    rows, beyond = forest_rows(ours), lab.lab_cells(ours.cells)
     shares = recovered_share(both)
     style = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), **style)
@@ -295,6 +292,11 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         headline=headline(shares),
         figures=plots.draw_all(both, ours.epochs, name, folder),
         folder=folder.name,
+        lab_tables={name: lab.lab_table(name, of_table) for name, of_table in beyond.items()},
+        lab_figures=lab_plots.draw_lab(beyond, folder),
+        lab_differences=ours.lab,
+        in_lab=[index for frame in beyond.values() for index in frame.index],
+        LAB_TABLES=lab.LAB_TABLES,
         figures_1=figures_1(output_dir, dict(zip(ours.runs["run"], ours.runs["f1"], strict=True))),
         resumed=[run for run, result in ours.results.items() if result.get("resumed_from")],
         provenance=provenance(ours),

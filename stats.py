@@ -123,6 +123,11 @@ def pick_learning_rate(runs: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
     mean = ("f1", "constant_f1", "floor", "words", "picked_on_a", "then_on_b", "picked_on_b", "then_on_a")
     columns = {name: (name, "mean") for name in mean}
     columns |= {"f1_std": ("f1", "std"), "seeds": ("seed", "nunique"), "layers": ("layers", "first")}
+    columns |= {
+        "place": ("place", "first"),
+        "relative_change": ("relative_change", "mean"),
+        "trained": ("trained", "max"),
+    }
     columns |= {"collapsed": ("collapsed", "any"), "collapsed_share": ("collapsed", "mean"), "runs": ("run", " ".join)}
     by_rate = runs.groupby([*cell, "learning_rate"]).agg(**columns).reset_index()
     cells, best_on_a, best_on_b = (
@@ -259,15 +264,20 @@ def compare(cells: pd.DataFrame, judge_one: Callable, judge_all: Callable) -> tu
     return judged, pd.DataFrame(claims)
 
 
+def f1_by_seed(cells: pd.DataFrame, runs: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
+    """The F1 of the last epoch, a row for each seed, a column for each cell, which is named by its index."""
+    index = pd.MultiIndex.from_frame(cells[cell])
+    wide = runs.pivot(index="seed", columns=cell, values="f1_last")
+    return wide.reindex(columns=index).set_axis(cells.index, axis=1)
+
+
 def compare_runs(cells: pd.DataFrame, runs: pd.DataFrame, cell: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`compare` from the runs of `fixed_rate`, seed by seed; a claim's mean is over the seeds that all of its
     comparisons have."""
     index = pd.MultiIndex.from_frame(cells[cell])
     share = runs.groupby(cell)["collapsed"].mean().reindex(index).set_axis(cells.index)
     cells = cells.assign(collapsed_share=share.fillna(cells["collapsed_share"]))
-    by_seed = (
-        runs.pivot(index="seed", columns=cell, values="f1_last").reindex(columns=index).set_axis(cells.index, axis=1)
-    )
+    by_seed = f1_by_seed(cells, runs, cell)
 
     def differences(pairs: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame({p.Index: by_seed[p.higher] - by_seed[p.lower] for p in pairs.itertuples()})
