@@ -141,7 +141,7 @@ class RunConfig:
         None, "part of the encoder layers, such as 0.5 or 1/3; needed with --corrupt", fraction
     )
     layers: str | None = setting(None, "instead of --corrupt: 3, or 2-4,6, from 1; also embeddings, pooler")
-    parts: str = setting("all", "of these layers: attention, ffn, layernorm, several with commas", spell_parts)
+    parts: str = setting("all", "of the layers: attention, ffn, layernorm; or several: attention,ffn", spell_parts)
     method: str = setting(
         "reinit", "how: reinit, normal, noise, shuffle, prune, prune_random, bitflip, permute, drop (docs/lab.md)"
     )
@@ -151,7 +151,7 @@ class RunConfig:
     )
     pooling: str = setting(
         "cls",
-        "what the head reads: [CLS], the mean of the other tokens (Table 3), or a decoder's last token",
+        "what the head reads: [CLS], the other tokens' mean (Table 3), the last (decoders)",
         choices=("cls", "mean", "last"),
     )
     tuning: str = setting(
@@ -159,14 +159,14 @@ class RunConfig:
         "what trains: full, probe (Table 4), probe_converged, corrupted, intact, bitfit, lora, llrd (docs/lab.md)",
     )
     lora_rank: int = setting(8, "of --tuning lora's updates", int)
-    lora_alpha: float = setting(16.0, "the updates are multiplied by this, over their rank", float)
-    layer_decay: float = setting(0.9, "of --tuning llrd: what a layer's learning rate is of the next one's", float)
+    lora_alpha: float = setting(16.0, "what they are multiplied by, times their rank", float)
+    layer_decay: float = setting(0.9, "of --tuning llrd: a layer's learning rate, over that of the layer above", float)
     probe_reads: str = setting(
-        "cls", "what a converged probe reads: the pooler's output, [CLS], or the mean of the other tokens",
+        "cls", "what a converged probe reads",
         choices=("pooler", "cls", "mean"),
     )  # fmt: skip
     probe_layers: str = setting(
-        "last", "all: a converged probe of each layer, too (layers.csv)", choices=("last", "all"), affects=False
+        "last", "all: one of each layer, too (layers.csv)", choices=("last", "all"), affects=False
     )
     max_length: int = setting(64, "tokens; longer inputs are truncated", int)
     kaiming_a: float = setting(0.0, "negative slope of Kaiming's leaky ReLU", float)

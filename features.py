@@ -23,7 +23,7 @@ from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils import ModelOutput
 
 import stats
@@ -99,6 +99,17 @@ def tokenise(
             )
     if segments > 1 and len(columns) == 2 and 1 not in tokens["test"][0].get("token_type_ids", []):
         raise InputError("the tokenizer does not tell two sentences apart, and the model can: mend its tokenizer.json")
+    if len(columns) == 2:
+        first, second = (data["test"][column][0] for column in columns)
+        pair, *alone = (
+            tokenizer(*texts, add_special_tokens=len(texts) > 1)["input_ids"]
+            for texts in ((first, second), (first,), (second,))
+        )
+        joined = f" {' '.join(map(str, alone[0] + alone[1]))} "
+        if joined in f" {' '.join(map(str, pair))} ":
+            raise InputError(
+                f"{type(tokenizer).__name__} puts nothing between two sentences: take a model that was made for pairs"
+            )
     order = np.argsort(tokens["test"]["length"], kind="stable")
     tokens["test"] = tokens["test"].select(order)
     return tokens, order
@@ -136,7 +147,8 @@ class CachedEncoder(nn.Module):
     """
 
     def forward(self, input_ids: None = None, inputs_embeds: torch.Tensor = None, **_: object) -> ModelOutput:
-        return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds.unsqueeze(1), pooler_output=inputs_embeds)
+        hidden = inputs_embeds.unsqueeze(1)
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=inputs_embeds)
 
 
 @dataclass(frozen=True)

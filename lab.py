@@ -42,7 +42,7 @@ def by_method(cells: pd.DataFrame) -> pd.DataFrame:
     for side in ("bottom", "top"):
         of_side = change.get(side, pd.Series(dtype=float)).reindex(pd.MultiIndex.from_arrays(place))
         cells[f"change {side}"] = as_text(of_side.set_axis(cells.index), "{:.3f}")
-    return both_sides(cells.assign(corruption=cells["percent"].map("{:g}%".format)))
+    return both_sides(cells.assign(corruption=as_text(cells["percent"], "{:g}%")))
 
 
 def by_place(cells: pd.DataFrame) -> pd.DataFrame:
@@ -63,7 +63,7 @@ def by_tuning(cells: pd.DataFrame) -> pd.DataFrame:
     trained = cells["trained"].groupby([cells[name] for name in (*SAME, "tuning")])
     fewest, most = trained.transform("min"), trained.transform("max")
     text = as_text(most, "{:,.0f}").mask(fewest < most, as_text(fewest, "{:,.0f} to ") + as_text(most, "{:,.0f}"))
-    degree = cells["percent"].map("{:g}%".format) + " " + cells["side"].where(cells["side"].isin(["bottom", "top"]), "")
+    degree = as_text(cells["percent"], "{:g}% ") + cells["side"].where(cells["side"].isin(["bottom", "top"]), "")
     return cells.assign(trained=text, column=degree.str.strip())
 
 

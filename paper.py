@@ -95,7 +95,7 @@ TABLES = {
 
 
 def table_of(pooling: str, tuning: str, dataset: str) -> str | None:
-    """The number of the table that such a cell belongs to; None if there is none. A decoder's last token counts as cls."""
+    """The number of the table that such a cell belongs to; None if there is none. The pooling last counts as cls."""
     pooling = "cls" if pooling == "last" else pooling
     kind = {number: table for number, table in TABLES.items() if (table.pooling, table.tuning) == (pooling, tuning)}
     named = [number for number, table in kind.items() if table.datasets and dataset in table.datasets]

@@ -28,7 +28,7 @@ def groups(frame: pd.DataFrame, *by: str) -> DataFrameGroupBy:
 
 def as_text(numbers: pd.Series, form: str = "{:.2f}") -> pd.Series:
     """The numbers as text, empty where there is none."""
-    return numbers.map(form.format).where(numbers.notna(), "")
+    return numbers.map(form.format).where(numbers.notna(), "").astype("str")
 
 
 def format_cells(cells: pd.DataFrame, bold: str, red: str) -> pd.Series:

@@ -1,4 +1,5 @@
 import gc
+import json
 import os
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads of a tiny model wai
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -27,19 +29,38 @@ ARCHITECTURES = {
     "camembert": SIZES,
     "electra": SIZES | {"embedding_size": 32},
     "mpnet": SIZES,
+    # DeBERTa v3's own settings: relative positions, normed
+    "deberta-v2": SIZES
+    | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
+    | {"norm_rel_ebd": "layer_norm", "share_att_key": True},
+    "modernbert": SIZES | {"pad_token_id": 0, "global_attn_every_n_layers": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "opt": SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": SIZES,
+    "llama": SIZES,
+    "qwen2": SIZES | {"num_key_value_heads": 2},
 }
+DECODERS = ("gpt2", "opt", "gpt_neox", "llama", "qwen2")
 
 
 def random_model(architecture: str, folder: Path, **changes: object) -> Path:
     """A two-layer encoder of the architecture with random weights, and BERT's tokenizer."""
     torch.manual_seed(0)
-    shape = AutoConfig.for_model(architecture, vocab_size=30_522, **ARCHITECTURES[architecture], **changes)
+    shape = AutoConfig.for_model(architecture, vocab_size=30_522, **ARCHITECTURES[architecture] | changes)
     model = AutoModel.from_config(shape)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(models.find_model("minilm")[0])
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    if architecture in DECODERS:  # most were trained without a token for padding
+        own = (
+            {"pad_token": "[unused0]"} if architecture == "opt" else {}
+        )  # OPT has one, id 1, as its configuration says
+        raw = Tokenizer.from_str(
+            json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None})
+        )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="[SEP]", unk_token="[UNK]", **own)
     if architecture in ("bert", "electra"):
         tokenizer.model_input_names.insert(1, "token_type_ids")
     tokenizer.save_pretrained(folder)

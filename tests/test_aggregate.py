@@ -20,6 +20,7 @@ import common
 import paper
 import run_dir
 import stats
+import tables
 from common import InputError
 from config import AFFECTS, NEUTRAL_VALUES, RESULTS_VERSION, run_name
 
@@ -108,7 +109,7 @@ def cells_of(output_dir: Path) -> pd.DataFrame:
 
 
 def texts_of(cells: pd.DataFrame) -> pd.DataFrame:
-    return aggregate.paper_table(cells, aggregate.as_text(cells["f1"]))
+    return tables.paper_table(cells, tables.as_text(cells["f1"]))
 
 
 def run_main(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> int | str:
@@ -147,8 +148,8 @@ def test_the_papers_layout(tmp_path: Path) -> None:
     rows = [" ".join(row).split() for row in table.itertuples(index=False)]
     assert rows == [line.split() for line in ROWS.strip().splitlines()]
     assert list(table) == ["model", "corruption", "SST-2 bottom", "SST-2 top"]
-    assert aggregate.count_missing(table) == 0
-    assert "| Base    | 50% (1-6)    | 83.25          | **87.92**   |" in aggregate.markdown(cells)
+    assert tables.count_missing(table) == 0
+    assert "| Base    | 50% (1-6)    | 83.25          | **87.92**   |" in tables.markdown(cells)
 
 
 # Three seeds with F1 50, 60 and 70, of which one collapsed: mean 60, deviation 10, marked, in one run of three.
@@ -161,8 +162,8 @@ def test_several_seeds_in_a_table(tmp_path: Path) -> None:
     cells = cells_of(tmp_path)
     assert cells["collapsed_share"].tolist() == [pytest.approx(1 / 3), 0]
     assert texts_of(cells)["SST-2 bottom"].tolist() == ["60.00"]  # a number, as in the CSV
-    assert "| **60.00†** ± 10.00 | 55.00 " in " ".join(aggregate.markdown(cells).split())
-    assert r"\textbf{\textcolor{red}{60.00}} ± 10.00 & 55.00" in aggregate.latex(cells)
+    assert "| **60.00†** ± 10.00 | 55.00 " in " ".join(tables.markdown(cells).split())
+    assert r"\textbf{\textcolor{red}{60.00}} ± 10.00 & 55.00" in tables.latex(cells)
 
 
 def read_back(rows: list[list[str]], datasets: list[str]) -> set[tuple]:
@@ -188,15 +189,15 @@ def test_round_trip_of_the_papers_tables(number: str, count: int, red: int) -> N
     datasets = list(dict.fromkeys(printed["dataset"]))
     cells = paper.published_cells().query("table == @number").assign(f1_std=np.nan)
     table = texts_of(cells)
-    assert len(expected) == count and aggregate.count_missing(table) == 0
+    assert len(expected) == count and tables.count_missing(table) == 0
     assert read_back(table.values.tolist(), datasets) == expected
 
-    lines = [line for line in aggregate.markdown(cells).splitlines() if line.startswith("|")][2:]
+    lines = [line for line in tables.markdown(cells).splitlines() if line.startswith("|")][2:]
     rows = [[cell.strip(" *†") for cell in line.strip("|").split("|")] for line in lines]
     assert read_back(rows, datasets) == expected
     assert all(row[0] for row in rows)
 
-    text = aggregate.latex(cells)
+    text = tables.latex(cells)
     rows = [line.removesuffix(r"\\").replace(r"\%", "%").split("&") for line in text.splitlines() if r"\% " in line]
     widths = {sum(2 if r"\multicolumn{2}" in cell else 1 for cell in row) for row in rows}
     assert widths == {2 + 2 * len(datasets)} and len(rows) == 13
@@ -215,15 +216,15 @@ def test_round_trip_of_the_papers_tables(number: str, count: int, red: int) -> N
 # that pdflatex does not know the first lines say so.
 def test_escapes(tmp_path: Path) -> None:
     write_result(tmp_path, "my_bert&co", "bottom", 50, "my_set", 90)
-    text = aggregate.latex(cells_of(tmp_path))
+    text = tables.latex(cells_of(tmp_path))
     assert r"\multicolumn{2}{c}{my\_set}" in text and r"my\_bert\&co & 50\% (1-6) & 90.00 &  \\" in text
     assert "xelatex" not in text
     write_result(tmp_path, "a|b\nc", "bottom", 50, "my_set", 90)
     write_result(tmp_path, "глубокий", "bottom", 50, "my_set", 90)
     cells = cells_of(tmp_path)
-    text = aggregate.latex(cells)
+    text = tables.latex(cells)
     assert "% and xelatex or lualatex" in text and r"a\textbar{}b c & 50\% (1-6) & 90.00" in text
-    rows = [line for line in aggregate.markdown(cells).splitlines() if line.startswith("|")]
+    rows = [line for line in tables.markdown(cells).splitlines() if line.startswith("|")]
     assert len(rows) == 5 and any(line.startswith(r"| a\|b c ") for line in rows)
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {5}
 
@@ -243,7 +244,7 @@ def test_missing_cells_and_variants(tmp_path: Path, capsys: pytest.CaptureFixtur
         ["Base", "50% (1-6)", "80.00", "", "", ""],
         ["Base", "100% (1-12)", "", "", "60.00", "60.00"],
     ]
-    assert aggregate.count_missing(table) == 4 and capsys.readouterr().err == ""
+    assert tables.count_missing(table) == 4 and capsys.readouterr().err == ""
     write_result(tmp_path, BASE, "none", 0, "sst2", 99, num_train_epochs=1.0)
     cells = cells_of(tmp_path)
     text = texts_of(cells[cells["table"] == "1"])
@@ -604,7 +605,7 @@ def test_collapsed_runs(tmp_path: Path) -> None:
     assert runs["constant_f1"][0] == pytest.approx(constant) and runs["constant_f1"][1:].isna().all()
     (cell,) = aggregate.make_cells(runs).to_dict("records")
     assert cell["collapsed"] and cell["collapsed_share"] == pytest.approx(1 / 3)
-    assert f"{cell['f1']:.2f}†" in aggregate.markdown(pd.DataFrame([cell]))
+    assert f"{cell['f1']:.2f}†" in tables.markdown(pd.DataFrame([cell]))
     assert stats.collapse_stats(pd.DataFrame({"label": [0, 0], "prediction": [0, 0]}))["collapsed"]
 
 

@@ -24,7 +24,8 @@ from config import AFFECTS, FIELDS, FOUND, NEUTRAL, NEUTRAL_VALUES, PROTOCOL, Ru
 
 # Another value than the run below has. Fields that are not here get another number or the other truth value.
 OTHER = {
-    **{"model": "minilm", "corrupt": "top", "frac": Fraction(1), "method": "noise", "dataset": "bbc_news"},
+    **{"model": "minilm", "corrupt": "top", "frac": Fraction(1), "method": "shuffle", "dataset": "bbc_news"},
+    **{"layers": "embeddings", "parts": "ffn", "severity": 0.5, "layer_decay": 0.5},
     **{"revision": "v1"},
     **{"pooling": "mean", "tuning": "probe", "max_steps": 7, "report_to": "tensorboard"},
     **{"data_dir": "other data", "output_dir": "it's elsewhere"},
@@ -37,6 +38,9 @@ OTHER = {
     **{"corrupt_seed": 4, "head_seed": 5, "probe_reads": "mean", "probe_layers": "all"},
 }
 
+TAKERS = {"lora_rank": {"tuning": "lora"}, "lora_alpha": {"tuning": "lora"}, "layer_decay": {"tuning": "llrd"}}
+TAKERS |= {name: {"tuning": "probe_converged"} for name in ("probe_reads", "probe_layers")}
+
 
 def other(name: str) -> object:
     default = FIELDS[name].default if name in FIELDS else AFFECTS.get(name)
@@ -46,6 +50,8 @@ def other(name: str) -> object:
 
 
 def with_other(config: RunConfig, name: str) -> RunConfig:
+    if name == "layers":
+        config = replace(config, corrupt="none", frac=None)
     return replace(config, **{name: other(name)}) if name in FIELDS else replace(config, trainer={name: other(name)})
 
 
@@ -97,8 +103,8 @@ def test_neutral_values_are_the_librarys_defaults() -> None:
 # What affects results is in the settings and, if it is another, in the name; what does not is in neither.
 @pytest.mark.parametrize("name", sorted({*FIELDS, *AFFECTS} - {"revision"}))  # that is for hub models: test_hub.py
 def test_the_name_has_what_affects_results(name: str, run: Run) -> None:
-    if name.startswith("probe_"):  # says nothing with another tuning
-        run = resolve.resolve_run(replace(run.config, tuning="probe_converged"))
+    if taker := TAKERS.get(name):  # says nothing without it
+        run = resolve.resolve_run(replace(run.config, **taker))
     changed = resolve.resolve_run(with_other(run.config, name))
     if name in AFFECTS or FIELDS[name].metadata["affects"]:
         assert changed.name != run.name and changed.settings != run.settings
@@ -148,11 +154,14 @@ def test_a_result_that_lacks_a_field(run: Run, capsys: pytest.CaptureFixture) ->
 
 # The command that a run prints does the same run, whatever its fields; other fields at their default are left out.
 def test_flags_give_the_same_run() -> None:
-    every = {name: other(name) for name in FIELDS if name != "tuning" and not name.startswith("probe_")}
+    alone = {"tuning", "layers", "kaiming_a", *TAKERS}
+    every = {name: other(name) for name in FIELDS if name not in alone}
     trainer = {name: other(name) for name in AFFECTS if name != "liger_kernel_config"}  # not to be had as a flag
     trainer |= {"logging_steps": 3.0, "disable_tqdm": True, "hub_strategy": "end", "log_level": "error"}
     for wanted in (
         RunConfig(**every, trainer=trainer),
+        RunConfig(layers="2-3,embeddings", tuning="lora", lora_rank=2, lora_alpha=1.5),
+        RunConfig(corrupt="top", frac=Fraction(1), kaiming_a=-1.0, tuning="llrd", layer_decay=0.5),
         RunConfig(tuning="probe_converged", probe_reads="mean", probe_layers="all"),
         RunConfig(tuning="probe", frac=Fraction(1, 3), corrupt="bottom", learning_rate=1.0000001e-05),
     ):

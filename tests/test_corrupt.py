@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     DistilBertConfig,
     ElectraConfig,
-    GPT2Config,
     MPNetConfig,
     RobertaConfig,
     T5Config,
@@ -23,6 +22,7 @@ from transformers import (
 
 import corrupt
 import models
+import places
 from common import InputError
 
 # The sixteen parameters of a BERT layer, written down from the architecture's description.
@@ -39,7 +39,7 @@ def all_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 # bit-identical to the original's.
 def test_what_is_touched_in_a_two_layer_bert(tiny_bert: Path) -> None:
     original = load_file(tiny_bert / "model.safetensors")
-    model, manifest = corrupt.load_corrupted(tiny_bert, "top", Fraction(1, 2), seed=0)
+    model, manifest = corrupt.load_corrupted(tiny_bert, corrupt.Corruption("top", Fraction(1, 2)), seed=0)
     after = all_tensors(model.bert)
     expected = {f"encoder.layer.1.{name}.{kind}" for name in LINEAR + NORM for kind in ("weight", "bias")}
     assert {row["name"] for row in manifest["tensors"]} == expected
@@ -56,7 +56,9 @@ def test_what_is_touched_in_a_two_layer_bert(tiny_bert: Path) -> None:
 
 # A uniform on [-b, b] with b = sqrt(6 / fan_in) has mean 0 and standard deviation b / sqrt(3).
 def test_bound_and_moments_of_the_draws() -> None:
-    model, manifest = corrupt.load_corrupted(models.find_model("minilm")[0], "bottom", Fraction(1, 6), seed=3)
+    model, manifest = corrupt.load_corrupted(
+        models.find_model("minilm")[0], corrupt.Corruption("bottom", Fraction(1, 6)), seed=3
+    )
     drawn = [row for row in manifest["tensors"] if row["init"] == "kaiming_uniform"]
     fan_in = {"output.dense.weight": 1536, "attention.output.dense.weight": 384}
     for row in drawn:
@@ -72,7 +74,9 @@ def test_bound_and_moments_of_the_draws() -> None:
 
 # kaiming_uniform_ with negative slope a has the bound sqrt(6 / ((1 + a^2) fan_in)).
 def test_kaiming_a(tiny_bert: Path) -> None:
-    model, manifest = corrupt.load_corrupted(tiny_bert, "bottom", Fraction(1, 2), seed=0, kaiming_a=math.sqrt(5))
+    model, manifest = corrupt.load_corrupted(
+        tiny_bert, corrupt.Corruption("bottom", Fraction(1, 2), kaiming_a=math.sqrt(5)), seed=0
+    )
     (row,) = [row for row in manifest["tensors"] if row["name"].endswith("self.query.weight")]
     assert row["bound"] == pytest.approx(1 / math.sqrt(32))
     assert model.bert.get_parameter(row["name"]).abs().max() <= row["bound"]
@@ -83,7 +87,7 @@ def test_corruption_is_nested() -> None:
     folder, _ = models.find_model("minilm")
 
     def after(side: str, frac: Fraction, seed: int = 0) -> dict[str, str]:
-        rows = corrupt.load_corrupted(folder, side, frac, seed)[1]["tensors"]
+        rows = corrupt.load_corrupted(folder, corrupt.Corruption(side, frac), seed)[1]["tensors"]
         return {row["name"]: row["sha256_after"] for row in rows}
 
     third, two_thirds, whole = (after("bottom", Fraction(k, 3)) for k in (1, 2, 3))
@@ -114,7 +118,8 @@ def test_layers_of_other_architectures(config: object, layer_list: str) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     before = all_tensors(model)
-    rows = corrupt.corrupt_layers(model, range(1), seed=0)
+    place = places.Place("bottom", Fraction(1, 4), (0,))
+    rows, _ = corrupt.corrupt_layers(model, place, corrupt.UNCORRUPTED, seed=0)
     prefix = f"{model.base_model_prefix}.{layer_list}.0."
     touched = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert touched == {name for name in before if name.startswith(prefix)}
@@ -132,18 +137,17 @@ ALBERT = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, 
         (AlbertConfig(**ALBERT), "AlbertModel"),
         (AlbertConfig(num_hidden_layers=2, inner_group_num=2, **ALBERT), "AlbertModel"),
         (T5Config(num_layers=2, d_model=16, d_ff=32, num_heads=2), "T5Model"),
-        (GPT2Config(n_layer=2, n_embd=16, n_head=2), "GPT2Model"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_refused_by_name(config: object, name: str, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=name):
-        corrupt.check_corruptible(tmp_path, "bottom", Fraction(1, 2), "reinit")
+        corrupt.check_corruptible(tmp_path, corrupt.Corruption("bottom", Fraction(1, 2)))
 
 
 @pytest.mark.parametrize(
-    ("side", "frac", "layers", "expected"),
+    ("asked", "given", "layers", "expected"),
     [
         ("none", None, 12, ("none", 0, range(0))),
         ("bottom", "0.25", 12, ("bottom", Fraction(1, 4), range(3))),
@@ -153,20 +157,21 @@ def test_refused_by_name(config: object, name: str, tmp_path: Path) -> None:
         ("top", "1", 6, ("all", 1, range(6))),
     ],
 )
-def test_which_layers(side: str, frac: str | None, layers: int, expected: tuple) -> None:
-    assert corrupt.select_layers(side, frac and Fraction(frac), layers) == expected
+def test_which_layers(asked: str, given: str | None, layers: int, expected: tuple) -> None:
+    side, frac, chosen = expected
+    assert places.select_layers(asked, given and Fraction(given), layers) == (side, frac, tuple(chosen), ())
 
 
 def test_a_fraction_of_a_layer_lists_the_fractions_that_are_allowed() -> None:
     with pytest.raises(InputError, match=r"0, 1/6, 1/3, 1/2, 2/3, 5/6, 1$"):
-        corrupt.select_layers("bottom", Fraction("0.3"), 6)
+        places.select_layers("bottom", Fraction("0.3"), 6)
 
 
 # The saved encoder, read back by the library, is the corrupted one; the manifest's hashes are those of both files.
 def test_saved_model_reloads(tiny_bert: Path, tmp_path: Path) -> None:
     saved = tmp_path / "deep" / "corrupted"
-    corrupt.save_corrupted(str(tiny_bert), "bottom", Fraction(1, 2), 0, 0.0, "reinit", saved)
-    in_memory, _ = corrupt.load_corrupted(tiny_bert, "bottom", Fraction(1, 2), seed=0)
+    corrupt.save_corrupted(str(tiny_bert), corrupt.Corruption("bottom", Fraction(1, 2)), 0, saved)
+    in_memory, _ = corrupt.load_corrupted(tiny_bert, corrupt.Corruption("bottom", Fraction(1, 2)), seed=0)
     reloaded = all_tensors(AutoModel.from_pretrained(saved))
     expected = all_tensors(in_memory.bert)
     assert reloaded.keys() == expected.keys()
@@ -178,7 +183,7 @@ def test_saved_model_reloads(tiny_bert: Path, tmp_path: Path) -> None:
         assert row["sha256_before"] == corrupt.tensor_sha256(before[row["name"]])
         assert row["sha256_after"] == corrupt.tensor_sha256(after[row["name"]]) != row["sha256_before"]
     with pytest.raises(InputError, match="there already"):
-        corrupt.save_corrupted(str(tiny_bert), "top", Fraction(1, 2), 0, 0.0, "reinit", saved)
+        corrupt.save_corrupted(str(tiny_bert), corrupt.Corruption("top", Fraction(1, 2)), 0, saved)
 
 
 # A file whose tensors do not match its configuration must not be filled up with random ones.
@@ -188,4 +193,4 @@ def test_lost_encoder_weights_are_an_error(tiny_bert: Path, tmp_path: Path) -> N
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((tiny_bert / "config.json").read_text())
     with pytest.raises(InputError, match=r"such as bert\.encoder\.layer\.1\.output\.dense\.weight"):
-        corrupt.load_corrupted(tmp_path, "none", None, seed=0)
+        corrupt.load_corrupted(tmp_path, corrupt.UNCORRUPTED, seed=0)

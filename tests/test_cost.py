@@ -12,6 +12,7 @@ import corrupt
 import cost
 import data_prep
 import models
+import places
 from config import NEUTRAL_VALUES, RESULTS_VERSION, RunConfig, run_name
 
 WEIGHTS = 6 * (12 * 384**2 + 13 * 384)  # of minilm's layers
@@ -28,8 +29,8 @@ def rte(tmp_path: Path) -> RunConfig:
 def test_weights(model: str, expected: int) -> None:
     assert cost.encoder_weights(model) == expected
     if model == "minilm":
-        loaded, _ = corrupt.load_corrupted(models.find_model(model)[0], "none", None, seed=0)
-        assert expected == sum(weight.numel() for weight in corrupt.encoder_layers(loaded).parameters())
+        loaded, _ = corrupt.load_corrupted(models.find_model(model)[0], corrupt.UNCORRUPTED, seed=0)
+        assert expected == sum(weight.numel() for weight in places.encoder_layers(loaded).parameters())
 
 
 # A step counts three times, an evaluation once; half an epoch is evaluated, too; a probe's encoder reads all rows once.

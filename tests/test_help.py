@@ -32,7 +32,7 @@ def test_help_is_short_and_has_examples(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     lines = help_of(script, monkeypatch, capsys).splitlines()
-    assert len(lines) <= 60
+    assert len(lines) <= 64
     examples = [shlex.split(line, comments=True) for line in lines if line.strip().startswith(f"python {script}.py")]
     listed = {line.split()[0] for line in lines if line.strip().startswith("--")} | {"--num_train_epochs"}
     assert len(examples) >= 2

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -108,14 +109,14 @@ def test_heads_of_pretraining_are_dropped(architecture: str, tmp_path: Path) -> 
     pretrained.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors") | {"embeddings.position_ids": torch.arange(512)[None]}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    model, manifest = corrupt.load_corrupted(tmp_path, "none", None, seed=0)
+    model, manifest = corrupt.load_corrupted(tmp_path, corrupt.UNCORRUPTED, seed=0)
     encoder = dict(pretrained.base_model.named_parameters())
     for name, parameter in model.base_model.named_parameters():
         assert "pooler" in name or torch.equal(parameter, encoder[name]), name
     base = {id(parameter) for parameter in model.base_model.parameters()}
     head = {name for name, parameter in model.named_parameters() if id(parameter) not in base}
     assert head <= set(manifest["newly_initialised"])
-    again = corrupt.load_corrupted(tmp_path, "bottom", 1, seed=0)[0]
+    again = corrupt.load_corrupted(tmp_path, corrupt.Corruption("bottom", Fraction(1)), seed=0)[0]
     for name in head:  # the head's own stream: the same beside every corruption, and not the file's
         assert torch.equal(model.get_parameter(name), again.get_parameter(name))
         assert name not in weights or not torch.equal(model.get_parameter(name), weights[name])
@@ -150,7 +151,7 @@ def test_weights_replaced_while_loading(tmp_path: Path, small_data: Path, monkey
 def test_positions(architecture: str, longest: int, tmp_path: Path) -> None:
     folder = random_model(architecture, tmp_path / architecture, max_position_embeddings=40)
     check(folder, max_length=longest)
-    model, ids = corrupt.load_corrupted(folder, "none", None, seed=0)[0], torch.full((1, longest + 1), 2_000)
+    model, ids = corrupt.load_corrupted(folder, corrupt.UNCORRUPTED, seed=0)[0], torch.full((1, longest + 1), 2_000)
     model(ids[:, :-1])
     with pytest.raises((IndexError, RuntimeError)):
         model(ids)

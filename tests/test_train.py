@@ -136,10 +136,10 @@ def test_the_model_is_what_it_was(flags: list[str], tiny_bert: Path, tmp_path: P
     tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "truncation_side": "left"}))
     assert run_of([*flags, "--model", str(copy)]).folder != here
-    model, _ = corrupt.load_corrupted(tiny_bert, "none", None, seed=0, num_labels=2)
+    model, _ = corrupt.load_corrupted(tiny_bert, corrupt.UNCORRUPTED, seed=0, num_labels=2)
     model.save_pretrained(tmp_path / "fine-tuned")
     with pytest.raises(InputError, match="has a head already"):
-        corrupt.load_corrupted(tmp_path / "fine-tuned", "none", None, seed=0, num_labels=2)
+        corrupt.load_corrupted(tmp_path / "fine-tuned", corrupt.UNCORRUPTED, seed=0, num_labels=2)
 
 
 # At one seed the head and the batches are the same for every corruption; another seed moves both, --data_seed one.
@@ -346,8 +346,8 @@ BERT = '{"model_type": "bert", "architectures": ["BertModel"]}'
         (["--learning_rat", "1"], "unknown flag --learning_rat"),
         (["--eval_strategy", "steps"], "fixed to epoch"),
         (["--pooling", "max"], "invalid choice"),
-        (["--tuning", "lora"], "--tuning lora is not known: choose from full, probe"),
-        (["--method", "noise"], "--method noise is not known: choose from reinit"),
+        (["--tuning", "prefix"], "--tuning prefix is not known: choose from full, probe"),
+        (["--method", "smash", "--corrupt", "top", "--frac", "1"], "--method smash is not known: choose from reinit"),
         (["--no_unpadding", "perhaps"], "perhaps is neither True nor False"),
         (["--tuning", "probe", "--save_vectors"], "--save_vectors need full"),
         (["--eval_delay", "2"], "fixed to 0"),
@@ -474,7 +474,7 @@ def test_the_head_has_its_own_stream(tiny_bert: Path) -> None:
     heads = []
     for seed in (0, 0, 1):
         torch.rand(7)
-        heads.append(corrupt.load_corrupted(tiny_bert, "none", None, seed)[0].classifier.weight)
+        heads.append(corrupt.load_corrupted(tiny_bert, corrupt.UNCORRUPTED, seed)[0].classifier.weight)
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Batc
 
 import corrupt
 import model_check
+import places
 import unpad
 from common import InputError
 
@@ -34,9 +35,9 @@ def both(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
     Matrices are large, so that attention chooses: with a new model's small ones every query gives nearly the same.
     """
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
-    for weight in corrupt.encoder_layers(model).parameters():
+    for weight in places.encoder_layers(model).parameters():
         weight.data *= 20 if weight.dim() == 2 else 1
-    ours, _ = corrupt.load_corrupted(folder, "none", None, seed=0, num_labels=3)
+    ours, _ = corrupt.load_corrupted(folder, corrupt.UNCORRUPTED, seed=0, num_labels=3)
     ours.load_state_dict(model.state_dict())
     return model, ours.eval()
 
@@ -104,7 +105,7 @@ def test_the_last_layer_is_for_cls_alone(architecture: str, pooling: str, tmp_pa
     _, ours = both(folder)
     unpad.unpad(ours, pooling)
     batch, seen = batches(folder)[0], {}
-    layers = corrupt.encoder_layers(ours)
+    layers = places.encoder_layers(ours)
     for number, layer in enumerate(layers):
         for name, linear in layer.named_modules():
             if isinstance(linear, nn.Linear):
@@ -212,9 +213,9 @@ def all_tokens(module: nn.Module, args: tuple) -> tuple:
     ("pooling", "fault"), [("cls", last_token), ("cls", all_tokens), ("mean", last_token), ("mean", all_tokens)]
 )
 def test_a_head_that_reads_something_else(pooling: str, fault: Callable, tiny_bert: Path) -> None:
-    model, _ = corrupt.load_corrupted(tiny_bert, "none", None, seed=0)
+    model, _ = corrupt.load_corrupted(tiny_bert, corrupt.UNCORRUPTED, seed=0)
     tokens = batches(tiny_bert)[:2]
-    model_check.check_pooling(corrupt.load_corrupted(tiny_bert, "none", None, seed=0)[0], tokens, pooling, False)
+    model_check.check_pooling(corrupt.load_corrupted(tiny_bert, corrupt.UNCORRUPTED, seed=0)[0], tokens, pooling, False)
     model.bert.pooler.register_forward_pre_hook(fault)
     with pytest.raises(InputError, match="needs a head that reads"):
         model_check.check_pooling(model, tokens, pooling, True)
@@ -237,7 +238,7 @@ def largest(model: PreTrainedModel) -> RemovableHandle:
 @pytest.mark.parametrize("pool", [mean_of_all, largest])
 def test_a_mean_of_something_else(pool: Callable, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpad, "pool_mean", pool)
-    model, _ = corrupt.load_corrupted(tiny_bert, "none", None, seed=0)
+    model, _ = corrupt.load_corrupted(tiny_bert, corrupt.UNCORRUPTED, seed=0)
     with pytest.raises(InputError, match="needs a head that reads the mean of the other tokens alone"):
         model_check.check_pooling(model, batches(tiny_bert)[:2], "mean", True)
 
@@ -245,6 +246,6 @@ def test_a_mean_of_something_else(pool: Callable, tiny_bert: Path, monkeypatch: 
 def test_another_path(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows_of = unpad.rows_of
     monkeypatch.setattr(unpad, "rows_of", lambda *args: [rows * 1.01 for rows in rows_of(*args)])
-    model, _ = corrupt.load_corrupted(tiny_bert, "none", None, seed=0)
+    model, _ = corrupt.load_corrupted(tiny_bert, corrupt.UNCORRUPTED, seed=0)
     with pytest.raises(InputError, match="gives other logits without padding"):
         model_check.check_pooling(model, batches(tiny_bert)[:2], "cls", False)
