@@ -103,7 +103,7 @@ def result_row(result: dict) -> dict:
     layers, of_layers = corruption["layers"], corruption["num_layers"]
     row |= {"layers": len(layers), "place": corruption.get("place", "-".join(map(str, layers[:1] + layers[1:][-1:])))}
     sides = {0: ("none",), 100: ("all",)}.get(row["percent"], ("bottom", "top"))
-    if row["side"] not in (*sides, row["place"]) or row["layers"] != round(row["percent"] / 100 * of_layers):
+    if row["side"] not in {*sides, row["place"]} - {""} or row["layers"] != round(row["percent"] / 100 * of_layers):
         raise ValueError(f"{row['layers']} of {of_layers} layers are not {row['side']} {row['percent']} %")
     change = corruption.get("relative_change")
     row |= {"relative_change": np.nan if change is None else float(change), "trained": result["model"].get("trained")}
@@ -339,9 +339,7 @@ def main() -> None:
         f"{len(in_tables)} cells from {len(runs)} runs, {empty} cells missing in the rows and columns that are there"
     )
     print("\n".join([cells_line, *missing, *failed]))
-    if nowhere := len(
-        set(cells.index) - {*in_tables.index, *(index for frame in beyond.values() for index in frame.index)}
-    ):
+    if nowhere := len(lab.in_no_table(cells, beyond)):
         warn(f"{nowhere} cells are of a pooling, tuning or corruption that no table has: see cells.csv")
     print(f"-> {output_dir}/{', '.join(files)}")
     if problems:

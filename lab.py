@@ -90,6 +90,12 @@ def lab_cells(cells: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {name: frame for name, frame in chosen.items() if len(frame)}
 
 
+def in_no_table(cells: pd.DataFrame, chosen: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The cells that neither a table of the paper's kind nor one of the lab holds."""
+    shown = {index for frame in chosen.values() for index in frame.index}
+    return cells[cells["table"].isna() & ~cells.index.isin(shown)]
+
+
 def natural(text: str) -> list:
     """For sorting: layer 2 before layer 10, and the degree before its side."""
     return [(0, float(word), "") if word[0].isdigit() else (1, 0.0, word) for word in re.findall(r"[\d.]+|\D+", text)]

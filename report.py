@@ -64,7 +64,7 @@ def read(output_dir: Path) -> ResultSet:
         names = ("results", "cells", "comparisons", "claims")
         runs, cells, comparisons, claims = (read_csv(output_dir / f"{name}.csv") for name in names)
         beyond = read_csv(output_dir / "lab.csv") if lab.lab_cells(cells) else pd.DataFrame()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"the tables are not there ({one_line(error)}): {again}") from error
     results, epochs = {}, {}
     for run, f1 in zip(runs["run"], runs["f1"], strict=True):
@@ -295,7 +295,7 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         lab_tables={name: lab.lab_table(name, of_table) for name, of_table in beyond.items()},
         lab_figures=lab_plots.draw_lab(beyond, folder),
         lab_differences=ours.lab,
-        in_lab=[index for frame in beyond.values() for index in frame.index],
+        no_table=lab.in_no_table(ours.cells, beyond),
         LAB_TABLES=lab.LAB_TABLES,
         figures_1=figures_1(output_dir, dict(zip(ours.runs["run"], ours.runs["f1"], strict=True))),
         resumed=[run for run, result in ours.results.items() if result.get("resumed_from")],

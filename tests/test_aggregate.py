@@ -575,7 +575,7 @@ def test_learning_rates_with_different_seeds(tmp_path: Path, capsys: pytest.Capt
     (cell,) = cells_of(tmp_path).to_dict("records")
     assert (cell["learning_rate"], cell["seeds"]) == (5e-5, 1) and cell["f1"] == pytest.approx(81)
     message = capsys.readouterr().err
-    assert "bert-base-uncased none 0.0 sst2 cls full: learning rates have different seeds: only [0]" in message
+    assert "bert-base-uncased reinit all none 0.0 sst2 cls full: learning rates have different seeds: only [0]" in message
     write_result(tmp_path, BASE, "none", 0, "sst2", 70, learning_rate=2e-5, seed=2)
     (cell,) = cells_of(tmp_path).to_dict("records")
     assert (cell["learning_rate"], cell["seeds"]) == (1e-5, 2) and "none is common" in capsys.readouterr().err
@@ -733,7 +733,7 @@ def test_files_and_an_empty_folder(
     assert {path.name for path in tmp_path.iterdir()} == {"runs"} | kinds | {name for name in tables if "1" in name}
     write_result(tmp_path, BASE, "none", 0, "dbpedia", 77, tuning="probe", pooling="mean")
     assert run_main(tmp_path, monkeypatch) == 0
-    assert "1 cells are of a pooling and tuning that no table has" in capsys.readouterr().err
+    assert "1 cells are of a pooling, tuning or corruption that no table has" in capsys.readouterr().err
 
 
 # A table that the paper does not have is an entry of paper.py: written, printed, and beside no published number.

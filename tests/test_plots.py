@@ -26,7 +26,16 @@ FILES = [f"figure1_org--bert_ag_news{end}" for end in (".csv", ".pdf", ".png", "
 def add_run(output_dir: Path, side: str, percent: float, strays: int = 0, f1: float = 90.0, **changes: object) -> Path:
     """A run with 40 test rows of two classes at two points, and its row in results.csv."""
     row = {"model": "org/bert", "variant": "", "side": side, "percent": float(percent), "dataset": "ag_news"}
-    row |= {"pooling": "cls", "tuning": "full", "learning_rate": 1e-5, "seed": 0, "f1": f1, **changes}
+    row |= {
+        "method": "reinit",
+        "parts": "all",
+        "pooling": "cls",
+        "tuning": "full",
+        "learning_rate": 1e-5,
+        "seed": 0,
+        "f1": f1,
+        **changes,
+    }
     labels = np.tile([0, 1], 20)
     settings = {name: row[name] for name in ("pooling", "tuning", "learning_rate", "seed")}
     settings["max_length"] = 32 if row["variant"] else 64

@@ -332,7 +332,7 @@ def test_what_differs_between_two_folders(tmp_path: Path) -> None:
         results = {
             run: json.loads((tmp_path / folder / "runs" / run / "result.json").read_text()) for run in runs["run"]
         }
-        sets.append(report.ResultSet(runs, None, None, None, results, {}, {}, []))
+        sets.append(report.ResultSet(runs, None, None, None, None, results, {}, {}, []))
     rates, digests = (["0.001"], ["0.0010000001"]), (["a" * 8], ["b" * 8])
     assert report.settings_apart(sets) == {"learning_rate": rates, "data_fingerprint of imdb": digests}
 
