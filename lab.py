@@ -59,7 +59,8 @@ def by_place(cells: pd.DataFrame) -> pd.DataFrame:
 def by_tuning(cells: pd.DataFrame) -> pd.DataFrame:
     """Table C: what trains, and how much of it, against the corruption."""
     cells = cells[cells["method"].eq("reinit") & cells["parts"].eq("all") & cells["side"].isin(SIDES)]
-    cells = cells[has(cells, ~cells["tuning"].isin(["full", "probe", "probe_converged"]))]
+    other = ~cells["tuning"].isin(["full", "probe", "probe_converged"])
+    cells = cells[has(cells, other, "side", "percent") | (cells["side"].eq("none") & has(cells, other))]
     trained = cells["trained"].groupby([cells[name] for name in (*SAME, "tuning")])
     fewest, most = trained.transform("min"), trained.transform("max")
     text = as_text(most, "{:,.0f}").mask(fewest < most, as_text(fewest, "{:,.0f} to ") + as_text(most, "{:,.0f}"))

@@ -51,6 +51,8 @@ def write_result(
     *,
     halves: list[tuple[float, float]] | None = None,
     predicted: tuple | None = None,
+    corruption: dict | None = None,
+    trained: int | None = None,
     **changes: object,
 ) -> Path:
     """A run's folder as train.py leaves it; F1 in percent, or `halves` for each epoch, or labels and predictions."""
@@ -84,7 +86,12 @@ def write_result(
     result["data"]["floors"] = {"constant": 0.2, "guessing": 0.3, "words": 0.4}
     result["data"]["rows_per_class"] = {"train": counts, "test": counts}
     depth = list(range(1, round(layers * percent / 100) + 1))
-    result |= {"corruption": {"num_layers": layers, "layers": depth}, "resumed_from": [], "commit": None}
+    result["model"]["trained"] = trained
+    result |= {
+        "corruption": {"num_layers": layers, "layers": depth} | (corruption or {}),
+        "resumed_from": [],
+        "commit": None,
+    }
     result |= {"seconds": {"total": 1.0}, "device": {"type": "cpu", "name": "cpu", "threads": 1}, "finished": "2026"}
     result |= {"versions": {"python": "3", "torch": "2", "transformers": "5"}, "files": run_dir.list_files(folder)}
     common.write_signed(folder / "result.json", result)
@@ -575,7 +582,9 @@ def test_learning_rates_with_different_seeds(tmp_path: Path, capsys: pytest.Capt
     (cell,) = cells_of(tmp_path).to_dict("records")
     assert (cell["learning_rate"], cell["seeds"]) == (5e-5, 1) and cell["f1"] == pytest.approx(81)
     message = capsys.readouterr().err
-    assert "bert-base-uncased reinit all none 0.0 sst2 cls full: learning rates have different seeds: only [0]" in message
+    assert (
+        "bert-base-uncased reinit all none 0.0 sst2 cls full: learning rates have different seeds: only [0]" in message
+    )
     write_result(tmp_path, BASE, "none", 0, "sst2", 70, learning_rate=2e-5, seed=2)
     (cell,) = cells_of(tmp_path).to_dict("records")
     assert (cell["learning_rate"], cell["seeds"]) == (1e-5, 2) and "none is common" in capsys.readouterr().err

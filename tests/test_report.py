@@ -366,7 +366,7 @@ def test_a_table_without_a_published_counterpart(
             in card
         )
     assert tab.locator(".first").inner_text().startswith("No cell here is one of the paper's")
-    assert tab.locator("figure svg").count() == 3
+    assert tab.locator("figure svg").count() == 4  # the fraction, the epochs, the bars of the tunings
 
 
 # A click on a heading sorts by number or by name, a click on «copy» takes the command.

@@ -1,0 +1,111 @@
+"""Tables A to D and lab.csv, from runs made by hand: which cells, in which place, and whether a difference is luck."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from scipy.stats import ttest_rel
+from test_aggregate import BASE, run_main, write_result
+
+F1 = {1: 60, 2: 62, 3: 67}  # of three seeds
+SEEDS = tuple(F1)
+
+
+def write(folder: Path, side: str, percent: float, f1: dict[int, float], **changes: object) -> None:
+    for seed, value in f1.items():
+        write_result(folder, BASE, side, percent, "sst2", value, seed=seed, **changes)
+
+
+def shifted(points: float) -> dict[int, float]:
+    return {seed: value + points for seed, value in F1.items()}
+
+
+def table(folder: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(folder / f"table{name}.csv", dtype=str, keep_default_na=False)
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two methods, one in two severities, on either half; two layers and a part; two tunings; three depths."""
+    write(tmp_path, "none", 0, shifted(20), trained=100)
+    for side, points in (("bottom", 0), ("top", 10)):
+        write(tmp_path, side, 50, shifted(points), corruption={"relative_change": 1.4}, trained=100)
+    noise = {"method": "noise", "severity": 0.5, "corruption": {"relative_change": 0.5}}
+    write(tmp_path, "bottom", 50, {1: 70, 2: 73, 3: 76}, **noise)
+    write(tmp_path, "bottom", 50, shifted(-5), **noise | {"severity": 1.0, "corruption": {"relative_change": 1.0}})
+    second = {"corruption": {"layers": [2], "place": "2"}}
+    write(tmp_path, "2", 100 / 12, shifted(12), **second)
+    write(tmp_path, "2", 100 / 12, shifted(15), parts="ffn", **second)
+    write(tmp_path, "bottom", 50, shifted(4), tuning="bitfit", trained=7)
+    for layers in (1, 2):
+        write(tmp_path, "bottom", 100 * layers / 12, shifted(18 - layers))
+    assert run_main(tmp_path, monkeypatch) == 0
+    return tmp_path
+
+
+# Standard deviation of 60, 62, 67: sqrt(13) = 3.61.
+def test_the_tables(lab: Path) -> None:
+    a = table(lab, "A").to_numpy().tolist()
+    whole = "83.00 ± 3.61"
+    assert list(table(lab, "A")) == [
+        *("model", "corruption", "method", "change bottom", "change top", "SST-2 bottom", "SST-2 top")
+    ]
+    assert a == [
+        ["Base", "0%", "uncorrupted", "", "", whole, whole],
+        ["Base", "50%", "reinit", "1.400", "1.400", "63.00 ± 3.61", "73.00 ± 3.61"],
+        ["Base", "50%", "noise 0.5", "0.500", "", "73.00 ± 3.00", ""],
+        ["Base", "50%", "noise 1", "1.000", "", "58.00 ± 3.61", ""],
+    ]
+    b = table(lab, "B")
+    assert list(b) == ["model", "method", "place", "SST-2 all", "SST-2 ffn"]
+    assert b.to_numpy().tolist() == [
+        ["Base", "reinit", "none", whole, ""],
+        ["Base", "reinit", "1", "80.00 ± 3.61", ""],
+        ["Base", "reinit", "2", "75.00 ± 3.61", "78.00 ± 3.61"],
+    ]
+    c = table(lab, "C")
+    assert list(c) == ["model", "tuning", "trained", "SST-2 0%", "SST-2 50% bottom"]
+    assert c["tuning"].tolist() == ["full", "bitfit"] and c["trained"].tolist() == ["100", "7"]
+    assert c["SST-2 50% bottom"].tolist() == ["63.00 ± 3.61", "67.00 ± 3.61"] and c["SST-2 0%"].tolist() == [whole, ""]
+    d = table(lab, "D")
+    assert d["layers"].tolist() == ["0", "1", "2", "6"]
+    assert d["SST-2 bottom"].str[:5].tolist() == ["83.00", "80.00", "79.00", "63.00"]
+    for name in "ABCD":
+        assert (lab / f"table{name}.md").read_text().count("\n") == len(table(lab, name)) + 2
+        assert r"\begin{tabular}" in (lab / f"table{name}.tex").read_text()
+
+
+# The paper's tables and comparisons hold none of the other corruptions.
+def test_the_papers_tables_stay(lab: Path) -> None:
+    assert table(lab, "1")["corruption"].tolist() == ["0%", "8.33333% (1-1)", "16.6667% (1-2)", "50% (1-6)"]
+    cells = pd.read_csv(lab / "cells.csv")
+    assert cells["table"].notna().sum() == 5 and len(cells) == 10
+    ours = pd.read_csv(lab / "comparison.csv").dropna(subset="ours")
+    assert len(ours) == 5 and ours["paper"].notna().sum() == 3  # at 0 and 50 %
+    recovery = cells.set_index(["method", "parts", "side", "percent", "tuning"])["recovery"]
+    assert recovery["noise 0.5", "all", "bottom", 50.0, "full"] == pytest.approx((73 - 50) / (83 - 50))
+
+
+# The differences by scipy's paired test; corrected by hand as Holm does for two.
+def test_whether_a_difference_is_luck(lab: Path) -> None:
+    rows = pd.read_csv(lab / "lab.csv").set_index(["table", "method", "parts", "place", "tuning"])
+    noise = rows.loc["A", "noise 0.5", "all", "1-6", "full"]
+    test = ttest_rel([70, 73, 76], [*F1.values()])
+    assert noise["difference"] == pytest.approx(10) and noise["p"] == pytest.approx(test.pvalue)
+    assert (noise["low"], noise["high"]) == pytest.approx(tuple(test.confidence_interval()))
+    assert (noise["verdict"], noise["against"], noise["seeds"]) == ("higher", "reinit", 3)
+    assert noise["p_holm"] == pytest.approx(noise["p"])  # the only one of its table with a deviation
+    constant = rows.loc["A", "noise 1", "all", "1-6", "full"]
+    assert constant["difference"] == pytest.approx(-5) and constant["why"] == "no deviation over the seeds"
+    assert rows.loc["B", "reinit", "ffn", "2", "full"]["difference"] == pytest.approx(-5)
+    assert rows.loc["C", "reinit", "all", "1-6", "bitfit"]["difference"] == pytest.approx(4)
+    assert set(rows.index.get_level_values("table")) == {"A", "B", "C"}
+
+
+# Without other corruptions and tunings there is nothing of the lab, and what it wrote before goes.
+def test_no_lab(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (lab / "runs").iterdir():
+        if any(part in folder.name for part in ("noise", "layers-", "bitfit", "-8.33", "-16.6")):
+            folder.rename(lab / folder.name)
+    assert run_main(lab, monkeypatch) == 0
+    assert not [path.name for path in lab.glob("table[ABCD].*")] and not (lab / "lab.csv").exists()
