@@ -11,11 +11,11 @@ import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
 import stats
+from config import SIDES
 from paper import dataset_title, model_title
 from tables import as_text, groups, in_order
 
 SAME = ["model", "variant", "pooling", "dataset"]  # what the cells share that are compared
-SIDES = ("none", "bottom", "top", "all")
 
 
 def has(cells: pd.DataFrame, mask: pd.Series, *by: str) -> pd.Series:

@@ -16,6 +16,8 @@ from paper import dataset_title
 from plots import COLOURS, COLUMN, GREY, INK, LINES, MARKERS, STYLE, describe_corruption, describe_model, own_ids, save
 from tables import groups, in_order
 
+PALETTE = (*COLOURS[:-1], INK)  # black would not be seen on a dark page
+
 
 def new_panel(cells: pd.DataFrame, width: float, height: float) -> tuple[Figure, object]:
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -34,7 +36,7 @@ def draw_change(cells: pd.DataFrame) -> Figure:
     shown = shown[shown["side"].isin(["bottom", "top"])].drop_duplicates(["side", "percent", "method"])
     family = shown["method"].str.split().str[0]
     for number, name in enumerate(dict.fromkeys(word.split()[0] for word in in_order(shown["method"]))):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS)]
+        colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number // len(PALETTE)]
         for side, dash, fill in (("bottom", "-", colour), ("top", "--", "none")):
             rows = shown[(family == name) & (shown["side"] == side)].sort_values("relative_change")
             looks = {"color": colour, "marker": marker, "markerfacecolor": fill, "linestyle": dash, "markersize": 4}
