@@ -29,6 +29,8 @@ ARCHITECTURES = {
     "camembert": SIZES,
     "electra": SIZES | {"embedding_size": 32},
     "mpnet": SIZES,
+}
+OTHERS = {
     # DeBERTa v3's own settings: relative positions, normed
     "deberta-v2": SIZES
     | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
@@ -46,7 +48,7 @@ DECODERS = ("gpt2", "opt", "gpt_neox", "llama", "qwen2")
 def random_model(architecture: str, folder: Path, **changes: object) -> Path:
     """A two-layer encoder of the architecture with random weights, and BERT's tokenizer."""
     torch.manual_seed(0)
-    shape = AutoConfig.for_model(architecture, vocab_size=30_522, **ARCHITECTURES[architecture] | changes)
+    shape = AutoConfig.for_model(architecture, vocab_size=30_522, **(ARCHITECTURES | OTHERS)[architecture] | changes)
     model = AutoModel.from_config(shape)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

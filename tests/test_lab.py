@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, DECODERS, random_model, run_of
+from conftest import DECODERS, OTHERS, random_model, run_of
 from safetensors.torch import load_file
 from scipy.stats import kstest
 from test_train import own_pairs
@@ -37,7 +37,7 @@ EVERY = (*EVERY, ("bitflip", 1e-3))
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny random model of each architecture."""
     root = tmp_path_factory.mktemp("architectures")
-    return {name: random_model(name, root / name) for name in ARCHITECTURES}
+    return {name: random_model(name, root / name) for name in LAYER}
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -74,7 +74,7 @@ LAYER = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", LAYER)
 def test_each_architecture_is_corrupted_exactly(architecture: str, folders: dict[str, Path]) -> None:
     matrices, biases, norms, narrow, fan_in = LAYER[architecture]
     before, after, rows = corrupted(folders[architecture], Corruption("top", HALF))
@@ -92,7 +92,7 @@ def test_each_architecture_is_corrupted_exactly(architecture: str, folders: dict
 
 
 # The parts of a layer are the whole of it, and no tensor is in two.
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", LAYER)
 def test_parts(architecture: str, folders: dict[str, Path]) -> None:
     of = {part: set(corrupted(folders[architecture], Corruption(layers="2", parts=part))[2]) for part in places.PARTS}
     whole = corrupted(folders[architecture], Corruption(layers="2"))[2]
@@ -380,7 +380,7 @@ def test_lora_merged_is_lora(architecture: str, folders: dict[str, Path]) -> Non
 
 
 @pytest.mark.parametrize("tuning", ["full", "probe", "lora"])
-@pytest.mark.parametrize("architecture", ["deberta-v2", "modernbert", *DECODERS])
+@pytest.mark.parametrize("architecture", OTHERS)
 def test_a_run_of_each(architecture: str, tuning: str, flags: list[str], folders: dict[str, Path]) -> None:
     pooling = "last" if architecture in DECODERS else "cls"
     words = ["--model", str(folders[architecture]), "--pooling", pooling, "--tuning", tuning, "--max_steps", "2"]
@@ -391,7 +391,7 @@ def test_a_run_of_each(architecture: str, tuning: str, flags: list[str], folders
     assert "with padding" in config.describe_result(run.settings, result)
 
 
-@pytest.mark.parametrize("architecture", ["deberta-v2", "modernbert", *DECODERS])
+@pytest.mark.parametrize("architecture", OTHERS)
 def test_which_pooling_fits(architecture: str, folders: dict[str, Path]) -> None:
     accepted = set()
     for pooling in ("cls", "mean", "last"):
