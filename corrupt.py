@@ -147,15 +147,15 @@ def bitflip(target: Target, generator: torch.Generator, how: Corruption) -> dict
 def permute(model: PreTrainedModel, targets: list[Target], generator: torch.Generator) -> list[dict]:
     """The layers in a random order that is not theirs (Tamkin et al. 2020)."""
     layers, values = layers_of(model, targets), {target.name: target.parameter.clone() for target in targets}
-    order = sorted(layers)
-    while order == sorted(layers):
-        order = [sorted(layers)[i] for i in torch.randperm(len(layers), generator=generator)]
-    for layer, source in zip(sorted(layers), order, strict=True):
-        for target, other in zip(layers[layer], layers[source], strict=True):
-            target.parameter.copy_(values[other.name])
-    return [
-        {"from_layer": source + 1} for layer, source in zip(sorted(layers), order, strict=True) for _ in layers[layer]
+    order = own = sorted(layers)
+    while order == own:
+        order = [own[i] for i in torch.randperm(len(own), generator=generator)]
+    moves = [
+        move for to, source in zip(own, order, strict=True) for move in zip(layers[to], layers[source], strict=True)
     ]
+    for target, other in moves:
+        target.parameter.copy_(values[other.name])
+    return [{"from_layer": other.layer + 1} for _, other in moves]
 
 
 def drop(model: PreTrainedModel, targets: list[Target], generator: torch.Generator) -> list[dict]:

@@ -4,16 +4,13 @@ Functions of frames; used by aggregate.py and report.py. Each table has the cell
 have something that only it shows.
 """
 
-import re
-
-import numpy as np
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
 import stats
 from config import SIDES
 from paper import dataset_title, model_title
-from tables import as_text, groups, in_order
+from tables import as_text, in_order
 
 SAME = ["model", "variant", "pooling", "dataset"]  # what the cells share that are compared
 
@@ -30,51 +27,49 @@ def both_sides(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([cells[~across].assign(column=cells["side"]), *sides])
 
 
+def plain(cells: pd.DataFrame) -> pd.DataFrame:
+    """What the paper corrupts, as it does."""
+    return cells[cells["method"].eq("reinit") & cells["parts"].eq("all") & cells["side"].isin(SIDES)]
+
+
 def by_method(cells: pd.DataFrame) -> pd.DataFrame:
     """Table A: methods at each degree that has several; beside them the relative size of the change."""
     cells = cells[cells["tuning"].eq("full") & cells["parts"].eq("all") & cells["side"].isin(SIDES)]
-    other = cells["method"] != "reinit"
-    cells = cells[has(cells, other, "percent") | (cells["side"].eq("none") & has(cells, other))]
-    uncorrupted = cells["side"] == "none"
-    cells = cells.assign(method=cells["method"].mask(uncorrupted, "uncorrupted"))
-    change = cells.pivot_table("relative_change", [*SAME, "percent", "method"], "side", observed=True)
-    place = [cells[name] for name in (*SAME, "percent", "method")]
+    other, uncorrupted = cells["method"] != "reinit", cells["side"] == "none"
+    cells = cells[has(cells, other, "percent") | (uncorrupted & has(cells, other))]
+    by = [cells[name] for name in (*SAME, "percent", "method")]
     for side in ("bottom", "top"):
-        of_side = change.get(side, pd.Series(dtype=float)).reindex(pd.MultiIndex.from_arrays(place))
-        cells[f"change {side}"] = as_text(of_side.set_axis(cells.index), "{:.3f}")
-    return both_sides(cells.assign(corruption=as_text(cells["percent"], "{:g}%")))
+        change = cells["relative_change"].where(cells["side"] == side).groupby(by).transform("max")
+        cells = cells.assign(**{f"change {side}": as_text(change, "{:.3f}")})
+    method = cells["method"].mask(cells["side"] == "none", "uncorrupted")
+    return both_sides(cells.assign(method=method, corruption=as_text(cells["percent"], "{:g}%")))
 
 
 def by_place(cells: pd.DataFrame) -> pd.DataFrame:
     """Table B: single layers, other places than the paper's, and their parts."""
     cells = cells[cells["tuning"] == "full"]
-    other = cells["parts"].ne("all") | ~cells["side"].isin(SIDES)
-    shown = (other | cells["layers"].eq(1)) & has(cells, other, "method")
-    cells = cells[shown | (cells["side"].eq("none") & has(cells, other))]
-    uncorrupted = cells["f1"].where(cells["side"] == "none").groupby([cells[name] for name in SAME]).transform("first")
-    place = cells["place"].mask(cells["side"] == "none", "none")
-    return cells.assign(place=place, column=cells["parts"], lost=cells["f1"] - uncorrupted)
+    other, uncorrupted = cells["parts"].ne("all") | ~cells["side"].isin(SIDES), cells["side"] == "none"
+    f1 = cells["f1"].where(uncorrupted).groupby([cells[name] for name in SAME]).transform("first")
+    place = cells["place"].mask(uncorrupted, "none")
+    shown = (other | cells["layers"].eq(1)) & has(cells, other, "method") | (uncorrupted & has(cells, other))
+    return cells.assign(place=place, column=cells["parts"], lost=cells["f1"] - f1)[shown]
 
 
 def by_tuning(cells: pd.DataFrame) -> pd.DataFrame:
-    """Table C: what trains, and how much of it, against the corruption."""
-    cells = cells[cells["method"].eq("reinit") & cells["parts"].eq("all") & cells["side"].isin(SIDES)]
+    """Table C: what trains, and how much of it (the most, where that depends on the side), against the corruption."""
+    cells = plain(cells)
     other = ~cells["tuning"].isin(["full", "probe", "probe_converged"])
     cells = cells[has(cells, other, "side", "percent") | (cells["side"].eq("none") & has(cells, other))]
-    trained = cells["trained"].groupby([cells[name] for name in (*SAME, "tuning")])
-    fewest, most = trained.transform("min"), trained.transform("max")
-    text = as_text(most, "{:,.0f}").mask(fewest < most, as_text(fewest, "{:,.0f} to ") + as_text(most, "{:,.0f}"))
+    trained = cells["trained"].groupby([cells[name] for name in (*SAME, "tuning")]).transform("max")
     degree = as_text(cells["percent"], "{:g}% ") + cells["side"].where(cells["side"].isin(["bottom", "top"]), "")
-    return cells.assign(trained=text, column=degree.str.strip())
+    return cells.assign(trained=as_text(trained, "{:,.0f}"), column=degree.str.strip())
 
 
 def by_depth(cells: pd.DataFrame) -> pd.DataFrame:
     """Table D: one layer more at a time, from each side, where there are steps that the paper's quarters have not."""
-    cells = cells[cells["method"].eq("reinit") & cells["parts"].eq("all") & cells["tuning"].eq("full")]
-    cells = cells[cells["side"].isin(SIDES)]
+    cells = plain(cells[cells["tuning"] == "full"])
     between = cells["percent"].where(cells["percent"] % 25 > 0)
-    cells = cells[between.groupby([cells[name] for name in SAME]).transform("nunique") > 1]
-    return both_sides(cells)
+    return both_sides(cells[between.groupby([cells[name] for name in SAME]).transform("nunique") > 1])
 
 
 LAB_TABLES = {  # caption, the columns of its rows, its cells
@@ -97,74 +92,44 @@ def in_no_table(cells: pd.DataFrame, chosen: dict[str, pd.DataFrame]) -> pd.Data
     return cells[cells["table"].isna() & ~cells.index.isin(shown)]
 
 
-def natural(text: str) -> list:
-    """For sorting: layer 2 before layer 10, and the degree before its side."""
-    return [(0, float(word), "") if word[0].isdigit() else (1, 0.0, word) for word in re.findall(r"[\d.]+|\D+", text)]
-
-
 def lab_table(name: str, cells: pd.DataFrame) -> pd.DataFrame:
     """A lab table as text, from its cells: F1 with its deviation over seeds; a dagger marks collapsed cells."""
-    rows = LAB_TABLES[name][1]
     texts = as_text(cells["f1"]).mask(cells["collapsed"].eq(True), as_text(cells["f1"], "{:.2f}†"))
     cells = cells.assign(text=texts + as_text(cells["f1_std"], " ± {:.2f}"))
-    columns = {}
-    for (dataset,), of_set in groups(cells, "dataset"):
-        for column in sorted(set(of_set["column"]), key=natural):
-            columns[dataset, column] = f"{dataset_title(dataset)} {column}"
-    for row in rows:
-        order = (
-            in_order(cells[row])
-            if row in ("method", "tuning")
-            else sorted(set(cells[row]), key=lambda v: natural(f"{v}"))
-        )
-        cells[row] = pd.Categorical(
-            cells[row], ["none", *(v for v in order if v != "none")] if row == "place" else order
-        )
-    cells["model"] = pd.Categorical(cells["model"], in_order(cells["model"]))
-    wide = cells.pivot(index=["model", "variant", "pooling", *rows], columns=["dataset", "column"], values="text")
-    wide = wide.sort_index().reindex(columns=pd.MultiIndex.from_tuples(columns)).fillna("")
-    table = wide.set_axis(list(columns.values()), axis=1).reset_index()
+    rows = ["model", "variant", "pooling", *LAB_TABLES[name][1]]
+    wide = cells.pivot(index=rows, columns=["dataset", "column"], values="text").fillna("")
+    for axis in (0, 1):
+        wide = wide.sort_index(axis=axis, key=lambda names: names.map(in_order(names).index))
+    table = wide.set_axis([f"{dataset_title(dataset)} {column}" for dataset, column in wide], axis=1).reset_index()
     table["model"] = [f"{model_title(m)} {v}".strip() for m, v in zip(table["model"], table["variant"], strict=True)]
     return table.drop(columns=["variant", "pooling"])
 
 
 # ---- Whether differences are more than luck ----
 
-
-def pairs(chosen: dict[str, pd.DataFrame], cells: pd.DataFrame) -> list[tuple[str, int, int]]:
-    """Table, cell and the cell that it is compared with, by their index: each method with reinit at the same place,
-    each place with the uncorrupted model, each tuning with full."""
-    plain = cells[cells["method"].eq("reinit") & cells["parts"].eq("all")]
-    key, found = [*SAME, "side", "percent", "tuning"], []
-    of = {tuple(row[:-1]): row[-1] for row in plain.assign(index=plain.index)[[*key, "index"]].itertuples(index=False)}
-    for name, frame in chosen.items():
-        for index in dict.fromkeys(frame.index if name != "D" else ()):
-            cell = cells.loc[index]
-            same, place = tuple(cell[SAME]), (cell["side"], cell["percent"])
-            against = {"A": (*place, "full"), "B": ("none", 0.0, "full"), "C": (*place, "full")}[name]
-            other = of.get((*same, *against))
-            if other is not None and other != index:
-                found.append((name, index, other))
-    return found
+# What each cell is compared with: the cell of the paper's kind that is as it is, but for this
+AGAINST = {
+    "A": ("reinit", {}),
+    "B": ("uncorrupted", {"side": "none", "percent": 0.0}),
+    "C": ("full", {"tuning": "full"}),
+}
 
 
-def differences(
-    chosen: dict[str, pd.DataFrame], cells: pd.DataFrame, runs: pd.DataFrame, cell: list[str]
-) -> pd.DataFrame:
-    """A row for each of `pairs`: the mean difference in F1 over paired seeds, its 95 % t interval, p, also corrected by
-    Holm within its table. `runs` are those of `stats.fixed_rate`."""
-    by_seed, rows = stats.f1_by_seed(cells, runs, cell), []
-    for name, index, other in pairs(chosen, cells):
-        judged = stats.judge_seeds(by_seed[index] - by_seed[other])
-        judged["verdict"] = {"holds": "higher", "fails": "lower"}.get(judged["verdict"], judged["verdict"])
-        against = "reinit" if name == "A" else "uncorrupted" if name == "B" else "full"
-        rows.append(
-            {"table": name, **cells.loc[index, cell], "place": cells["place"][index], "against": against} | judged
-        )
-    frame = pd.DataFrame(
-        rows, columns=["table", *cell, "place", "against", "verdict", "why", "difference", "low", "high", "p", "seeds"]
-    )
-    frame["p_holm"], tested = np.nan, frame["p"].dropna()
-    for _, p in tested.groupby(frame["table"]):
+def differences(chosen: dict[str, pd.DataFrame], cells: pd.DataFrame, runs: pd.DataFrame, cell: list) -> pd.DataFrame:
+    """A row for each cell of Tables A to C: how far its F1 is from that of `AGAINST`, by paired seeds, as for a claim.
+
+    The mean, its 95 % t interval, p, and p corrected by Holm within its table. `runs` are those of `stats.fixed_rate`.
+    """
+    by_seed, rows, on = stats.f1_by_seed(cells, runs, cell), [], [*SAME, "side", "percent", "tuning"]
+    reference = plain(cells)[on].reset_index(names="other")
+    for table, (against, change) in AGAINST.items():
+        asked = cells.loc[chosen[table].index.unique()] if table in chosen else cells[:0]
+        for pair in asked.reset_index(names="cell").assign(**change).merge(reference, on=on).itertuples():
+            if pair.cell != pair.other:
+                judged = stats.judge_seeds(by_seed[pair.cell] - by_seed[pair.other])
+                judged["verdict"] = {"holds": "higher", "fails": "lower"}.get(judged["verdict"], judged["verdict"])
+                rows.append({"table": table, **cells.loc[pair.cell, [*cell, "place"]], "against": against} | judged)
+    frame = pd.DataFrame(rows, columns=["table", *cell, "place", "against", *stats.VERDICT[:8]])
+    for _, p in frame["p"].dropna().groupby(frame["table"]):
         frame.loc[p.index, "p_holm"] = multipletests(p, method="holm")[1]
     return frame

@@ -3,6 +3,8 @@
 A table in text has `model` and what its rows are in its first columns, then a column for each of `<data set> <name>`.
 """
 
+import re
+
 import pandas as pd
 from pandas.api.typing import DataFrameGroupBy
 
@@ -11,13 +13,18 @@ from paper import DATASETS, METHODS, MODELS, TABLES, TUNING_RATES, dataset_title
 ACROSS = r"(0|100)%"  # the corruption in rows that have one number for bottom and top
 METHOD_ORDER = [name if severity is None else f"{name} {severity:g}" for name, severity in METHODS]
 KNOWN = {"table": TABLES, "model": MODELS, "dataset": DATASETS}  # columns that have an order in paper.py
-KNOWN |= {"method": ["uncorrupted", *METHOD_ORDER], "tuning": TUNING_RATES}
+KNOWN |= {"method": ["uncorrupted", *METHOD_ORDER], "tuning": TUNING_RATES, "place": ["none"]}
 
 
-def in_order(names: pd.Series) -> list[str]:
-    """The names that occur: those of paper.py first, in their order there, then the others."""
+def in_order(names: pd.Series | pd.Index) -> list:
+    """The names that occur: those of paper.py first, in their order there, then the others, 2 before 10."""
     known = [*KNOWN.get(names.name, ())]
-    return sorted(set(names), key=lambda name: ([*known, name].index(name), name))
+
+    def place(name: object) -> tuple:
+        words = re.findall(r"[\d.]+|[^\d.]+", f"{name}")
+        return [*known, name].index(name), [(0, float(w), "") if w[0].isdigit() else (1, 0.0, w) for w in words]
+
+    return sorted(set(names), key=place)
 
 
 def groups(frame: pd.DataFrame, *by: str) -> DataFrameGroupBy:
