@@ -89,6 +89,7 @@ import torch
 import cost
 import data_prep
 import executors
+import places
 import progress
 import resolve
 import run_dir
@@ -98,11 +99,13 @@ from config import Run, RunConfig
 
 
 def corruptions(sweep: paper.Sweep, layers: int) -> list[dict]:
-    """The corruptions of a model with so many layers, 0 % first: fields of RunConfig."""
+    """The corruptions of a model with so many layers, 0 % first: fields of RunConfig. Raises InputError."""
     fracs = [Fraction(k, layers) for k in range(layers + 1)] if sweep.frac is None else sweep.frac
     if sweep.layers:
-        named = range(1, layers + 1) if sweep.layers == ("each",) else sweep.layers
-        return [{}] * (0 in fracs and "none" in sweep.corrupt) + [{"layers": str(place)} for place in named]
+        named = [str(k + 1) for k in range(layers)] if sweep.layers == ("each",) else sweep.layers
+        for place in named:
+            places.select_layers("none", None, layers, place)  # raises InputError
+        return [{}] * (0 in fracs and "none" in sweep.corrupt) + [{"layers": place} for place in named]
     chosen = []
     for frac in (frac for frac in fracs if (frac * layers).denominator == 1):
         sides = {0: ("none",), 1: ("all",)}.get(frac, ("bottom", "top"))

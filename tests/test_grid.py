@@ -13,6 +13,7 @@ from transformers import BertConfig
 import executors
 import grid
 import paper
+import train
 from common import InputError
 from config import Run
 
@@ -32,6 +33,34 @@ def test_number_of_runs(preset: str, runs: int) -> None:
     if preset == "paper":
         kept = [run for run in found if run.save_vectors]
         assert len(kept) == 12 and {run.dataset for run in kept} == {"ag_news"}
+
+
+# MiniLM has six layers. Methods: 0 % and 11 methods on two sides. Places: 0 %, six layers, three parts. Tunings: six on two
+# sides, and 0 % but for the two that need a corruption. Progressive: 0 %, 1 to 5 layers of two sides, 100 %.
+@pytest.mark.parametrize(
+    ("preset", "runs"), [("methods", 1 + 11 * 2), ("places", 1 + 6 * 3), ("tunings", 6 * 2 + 4), ("progressive", 12)]
+)
+def test_the_lab(preset: str, runs: int) -> None:
+    found = grid.expand(paper.PRESETS[preset], {})
+    assert len(found) == runs == len(set(map(str, found)))
+    for run in found:
+        train.check(run)
+    twice = grid.expand(paper.PRESETS[preset], {"seed": (1, 2), "dataset": ("bbc_news",)})
+    assert len(twice) == 2 * runs and {run.dataset for run in twice} == {"bbc_news"}
+
+
+# --layers takes the place of side and fraction, and they of it; the uncorrupted run has none of the method's fields.
+def test_named_layers() -> None:
+    runs = grid.expand(paper.PRESETS["methods"], {"layers": ("2", "3-4")}, {"method": "noise", "severity": 1.0})
+    assert [run.layers for run in runs] == [None, "2", "3-4"] and [run.method for run in runs] == [
+        "reinit",
+        "noise",
+        "noise",
+    ]
+    halves = grid.expand(paper.PRESETS["places"], {"frac": (Fraction(1, 2),)}, {"parts": "ffn"})
+    assert {(run.corrupt, run.layers, run.parts) for run in halves} == {("bottom", None, "ffn"), ("top", None, "ffn")}
+    with pytest.raises(InputError, match="'7' is not a place"):
+        grid.expand(paper.PRESETS["methods"], {"layers": ("7",)})
 
 
 # One column, one row, another model (6 layers: 25 % is not a whole number of them), more seeds.
