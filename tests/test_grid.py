@@ -35,8 +35,8 @@ def test_number_of_runs(preset: str, runs: int) -> None:
         assert len(kept) == 12 and {run.dataset for run in kept} == {"ag_news"}
 
 
-# MiniLM has six layers. Methods: 0 % and 11 methods on two sides. Places: 0 %, six layers, three parts. Tunings: six on two
-# sides, and 0 % but for the two that need a corruption. Progressive: 0 %, 1 to 5 layers of two sides, 100 %.
+# MiniLM has six layers. Methods: 0 % and 11 methods on two sides. Places: 0 %, six layers, three parts. Tunings: six on
+# two sides, and 0 % but for the two that need a corruption. Progressive: 0 %, 1 to 5 layers of two sides, 100 %.
 @pytest.mark.parametrize(
     ("preset", "runs"), [("methods", 1 + 11 * 2), ("places", 1 + 6 * 3), ("tunings", 6 * 2 + 4), ("progressive", 12)]
 )

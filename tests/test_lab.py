@@ -3,6 +3,7 @@
 import json
 import math
 from fractions import Fraction
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,9 @@ def test_places(given: str, side: str, spelled: str) -> None:
 def test_two_names_of_one_place(flags: list[str]) -> None:
     names = {run_of([*flags, *words]).name for words in (["--layers", "2"], ["--corrupt", "top", "--frac", "1/2"])}
     assert len(names) == 1
+    parts = ("all", "layernorm,ffn,attention", "ffn,attention", "attention,ffn,ffn")
+    names = [run_of([*flags, "--layers", "2", "--parts", words]).name for words in parts]
+    assert names[0] == names[1] != names[2] == names[3]
     assert "_layers-embeddings_" in run_of([*flags, "--layers", "embeddings"]).name
 
 
@@ -170,6 +174,10 @@ def test_shuffle_keeps_the_values() -> None:
     for name in rows:
         assert torch.equal(before[name].flatten().sort().values, after[name].flatten().sort().values)
         assert not torch.equal(before[name], after[name])
+    # each tensor's stream, by its definition: seed, method and parameter name
+    seed = int.from_bytes(sha256(f"0:shuffle:{name}".encode()).digest()[:8]) % 2**63
+    order = torch.randperm(before[name].numel(), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(before[name].flatten()[order], after[name].flatten())
 
 
 @pytest.mark.parametrize(("method", "theirs"), [("prune", prune.l1_unstructured), ("prune_random", None)])
@@ -198,6 +206,8 @@ def test_noise_is_standard_normal() -> None:
     drawn = (after[name] - before[name]).double().numpy() / (0.5 * deviation)
     assert kstest(drawn.ravel()[:20_000], "norm").pvalue > 1e-3
     assert drawn.std() == pytest.approx(1, abs=0.01) and rows[name]["std"] == pytest.approx(deviation)
+    for other, row in rows.items():  # of the population, which tells in a bias of few values
+        assert row["std"] == pytest.approx(before[other].numpy().astype(float).std(), rel=1e-6, abs=1e-9)
     twice = corrupted(MINILM, how._replace(severity=1.0))[1][name]
     assert torch.allclose(twice - before[name], 2 * (after[name] - before[name]), atol=1e-6)
 
@@ -270,6 +280,9 @@ def test_permute_exchanges_layers() -> None:
             origin = name.replace(f".{layer - 1}.", f".{source.get(layer, layer) - 1}.", 1) if layer else name
             assert torch.equal(after[name], before[origin]), name
     assert len(orders) > 1
+    for seed in range(6):  # of two there is one order that is not theirs
+        rows = corrupt.load_corrupted(MINILM, Corruption(layers="2,5", method="permute"), seed)[1]["tensors"]
+        assert {(row["layer"], row["from_layer"]) for row in rows} == {(2, 5), (5, 2)}
 
 
 # What is left is the other layers, in their order; the library loads it, and it computes what they compute.
@@ -281,6 +294,9 @@ def test_drop_takes_layers_out(architecture: str, tmp_path: Path) -> None:
     manifest = corrupt.save_corrupted(str(folder), Corruption(layers="2-3", method="drop"), 0, tmp_path / "saved")
     assert (manifest["layers"], manifest["num_layers"], manifest["relative_change"]) == ([2, 3], 4, None)
     assert {row["layer"] for row in manifest["tensors"]} == {2, 3}
+    in_memory = places.encoder_layers(corrupt.load_corrupted(folder, Corruption(layers="2-3", method="drop"))[0])
+    for number, layer in enumerate(in_memory):  # a decoder's cache goes by it
+        assert {getattr(module, "layer_idx", number) for module in layer.modules()} == {number}
     model = AutoModel.from_pretrained(tmp_path / "saved")
     assert model.config.num_hidden_layers == len(places.encoder_layers(model)) == 2
     whole = AutoModel.from_pretrained(folder)
