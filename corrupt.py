@@ -224,6 +224,11 @@ def targets_of(model: PreTrainedModel, place: Place, how: Corruption) -> list[Ta
         layers_of(model, targets)
     if how.method == "drop" and place.frac == 1:
         raise InputError("--method drop of all layers leaves no encoder: choose fewer")
+    if how.method == "drop" and place.layers:
+        layers = encoder_layers(model)
+        first = next(n for n in range(len(layers)) if n not in place.layers)  # takes the place of layer 1
+        if len({tuple(name for name, _ in layers[n].named_parameters()) for n in (0, first)}) > 1:
+            raise InputError(f"--method drop cannot take out layer 1, which differs in kind from layer {first + 1}")
     if method.matrices:
         targets = [target for target in targets if target.role in ("matrix", "embedding")]
         if not targets and str(place):

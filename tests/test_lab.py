@@ -488,6 +488,7 @@ def test_refused_in_one_line(
         ("gpt2", "", "decoders last"),
         ("llama", "--pooling last --tuning bitfit", "has none: use lora"),
         ("modernbert", "--layers 1-2 --method permute", "differ in kind"),
+        ("modernbert", "--layers 1 --method drop", "cannot take out layer 1"),
     ],
 )
 def test_refused_for_an_architecture(
