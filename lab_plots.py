@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from lab import SAME
@@ -75,13 +76,9 @@ def draw_tunings(cells: pd.DataFrame) -> Figure:
     low = (cells["f1"] - cells["f1_std"].fillna(0)).min()
     panel.set_ylim(max(0, low - 3), min(100, cells["f1"].max() + 3))
     panel.set(xlabel="what trains, and how many parameters", ylabel="weighted F1 (%)")
+    bars = [drawn for drawn in panel.containers if isinstance(drawn, BarContainer)]
     words = [describe_corruption(side, percent) for percent, side in wide["f1"]]
-    figure.legend(
-        panel.containers[::2] if wide["f1_std"].notna().any(axis=None) else panel.containers,
-        words,
-        loc="outside lower center",
-        ncols=4,
-    )
+    figure.legend(bars, words, loc="outside lower center", ncols=4)
     return figure
 
 

@@ -7,6 +7,8 @@ import pytest
 from scipy.stats import ttest_rel
 from test_aggregate import BASE, run_main, write_result
 
+import report
+
 F1 = {1: 60, 2: 62, 3: 67}  # of three seeds
 SEEDS = tuple(F1)
 
@@ -109,3 +111,17 @@ def test_no_lab(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             folder.rename(lab / folder.name)
     assert run_main(lab, monkeypatch) == 0
     assert not [path.name for path in lab.glob("table[ABCD].*")] and not (lab / "lab.csv").exists()
+
+
+# The page has the tables and their figures; the map's numbers are F1 - 83, the uncorrupted model's.
+def test_the_page(lab: Path) -> None:
+    page = report.write(lab, None).read_text(encoding="utf-8")
+    section = page.partition('<section id="lab">')[2].partition("</section>")[0]
+    assert all(f"Table {name}:" in section for name in "ABCD") and "73.00 ± 3.00" in section
+    svgs = dict(zip("ABC", section.split("<svg")[1:], strict=True))
+    assert all(f">{text}</text>" in svgs["B"] for text in ("-3.0", "-8.0", "-5.0"))
+    assert all(f">{name}</text>" in svgs["A"] for name in ("reinit", "noise", "uncorrupted"))
+    assert all(f">{words}</text>" in svgs["C"] for words in ("full", "bitfit", "bottom 50 %", "uncorrupted"))
+    kinds = {path.name.split("_")[0] + path.suffix for path in (lab / "figures").glob("table[ABC]_*")}
+    assert kinds == {f"table{name}.{kind}" for name in "ABC" for kind in ("png", "pdf")}
+    assert "higher" in section and "10.00" in section
