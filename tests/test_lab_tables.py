@@ -26,23 +26,27 @@ def table(folder: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(folder / f"table{name}.csv", dtype=str, keep_default_na=False)
 
 
+def write_lab(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two methods, one in two severities, on either half; two layers and a part; two tunings; three depths."""
+    write(folder, "none", 0, shifted(20), trained=100)
+    for side, points in (("bottom", 0), ("top", 10)):
+        write(folder, side, 50, shifted(points), corruption={"relative_change": 1.4}, trained=100)
+    noise = {"method": "noise", "severity": 0.5, "corruption": {"relative_change": 0.5}}
+    write(folder, "bottom", 50, {1: 70, 2: 73, 3: 76}, **noise)
+    write(folder, "bottom", 50, shifted(-5), **noise | {"severity": 1.0, "corruption": {"relative_change": 1.0}})
+    second = {"corruption": {"layers": [2], "place": "2"}}
+    write(folder, "2", 100 / 12, shifted(12), **second)
+    write(folder, "2", 100 / 12, shifted(15), parts="ffn", **second)
+    write(folder, "bottom", 50, shifted(4), tuning="bitfit", trained=7)
+    for layers in (1, 2):
+        write(folder, "bottom", 100 * layers / 12, shifted(18 - layers))
+    assert run_main(folder, monkeypatch) == 0
+    return folder
+
+
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two methods, one in two severities, on either half; two layers and a part; two tunings; three depths."""
-    write(tmp_path, "none", 0, shifted(20), trained=100)
-    for side, points in (("bottom", 0), ("top", 10)):
-        write(tmp_path, side, 50, shifted(points), corruption={"relative_change": 1.4}, trained=100)
-    noise = {"method": "noise", "severity": 0.5, "corruption": {"relative_change": 0.5}}
-    write(tmp_path, "bottom", 50, {1: 70, 2: 73, 3: 76}, **noise)
-    write(tmp_path, "bottom", 50, shifted(-5), **noise | {"severity": 1.0, "corruption": {"relative_change": 1.0}})
-    second = {"corruption": {"layers": [2], "place": "2"}}
-    write(tmp_path, "2", 100 / 12, shifted(12), **second)
-    write(tmp_path, "2", 100 / 12, shifted(15), parts="ffn", **second)
-    write(tmp_path, "bottom", 50, shifted(4), tuning="bitfit", trained=7)
-    for layers in (1, 2):
-        write(tmp_path, "bottom", 100 * layers / 12, shifted(18 - layers))
-    assert run_main(tmp_path, monkeypatch) == 0
-    return tmp_path
+    return write_lab(tmp_path, monkeypatch)
 
 
 # Standard deviation of 60, 62, 67: sqrt(13) = 3.61.

@@ -19,6 +19,7 @@ from axe_playwright_python.sync_playwright import Axe
 from matplotlib.image import imread
 from playwright.sync_api import Browser, Page, sync_playwright
 from test_aggregate import change, write_result
+from test_lab_tables import write_lab
 from test_plots import add_four
 
 import aggregate
@@ -70,6 +71,14 @@ def one_run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, small_dat
         for module in (aggregate, report):
             run_script(module, monkeypatch, "--output_dir", output_dir)
     return output_dir
+
+
+@pytest.fixture
+def beyond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the lab adds."""
+    folder = write_lab(tmp_path, monkeypatch)
+    report.write(folder, None)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +142,7 @@ def test_every_table_and_figure_is_visible(
 
 
 # On a phone and on a desk, light and dark, axe-core finds nothing serious: contrast, names, what a keyboard reaches.
-@pytest.mark.parametrize("outputs", ["papers", "one_run"])
+@pytest.mark.parametrize("outputs", ["papers", "one_run", "beyond"])
 def test_nobody_is_left_out(outputs: str, opened: Callable, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(outputs) / "report.html"
     for width, scheme in product((400, 1400), ("light", "dark")):
