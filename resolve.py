@@ -11,7 +11,8 @@ import data_prep
 import models
 import paper
 import places
-from config import AFFECTS, FIELDS, NEUTRAL_VALUES, RESULTS_VERSION, Run, RunConfig
+from config import FIELDS, NEUTRAL_VALUES, RESULTS_VERSION, Run, RunConfig
+from protocol import AFFECTS
 
 
 def resolve_run(config: RunConfig, prepare: bool = True) -> Run | None:

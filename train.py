@@ -4,7 +4,7 @@
     python train.py --model minilm --corrupt top --frac 1/3 --dataset bbc_news --pooling mean --num_train_epochs 3
     python train.py --model distilbert-base-uncased --dataset ag_news --tuning probe
 
-Every field of `TrainingArguments` is a flag; those in PROTOCOL of config.py are refused: every run is evaluated after
+Every field of `TrainingArguments` is a flag; those in PROTOCOL of protocol.py are refused: every run is evaluated after
 each epoch and keeps the best. The run's folder, outputs/runs/<run>, appears whole, with `epochs.csv`,
 `predictions.csv.gz` (each test row, each epoch), `log.txt` and `result.json`. A run that is there already is not done
 again. With --resume one that was cut off goes on from its last epoch. corrupt.py has the methods of corruption,
@@ -58,6 +58,7 @@ import model_check
 import models
 import paper
 import probe
+import protocol
 import resolve
 import run_dir
 import stats
@@ -124,10 +125,10 @@ def features_folder(run: Run, args: TrainingArguments) -> Path:
 
 def training_arguments(wanted: RunConfig, checkpoints: Path, name: str) -> TrainingArguments:
     """What the Trainer gets; raises InputError for what the library's own checks refuse, or the environment changes."""
-    config.check_environment()
+    protocol.check_environment()
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     chosen = {field: value for field, value in vars(wanted).items() if field in known}
-    values = config.PROTOCOL | config.AFFECTS | chosen | {"dataloader_pin_memory": torch.cuda.is_available()}
+    values = protocol.PROTOCOL | protocol.AFFECTS | chosen | {"dataloader_pin_memory": torch.cuda.is_available()}
     if wanted.report_to == "tensorboard":
         values["report_to"] = "none"  # callbacks.reporters sees to it
     if in_worker():

@@ -22,7 +22,8 @@ import run_dir
 import stats
 import tables
 from common import InputError
-from config import AFFECTS, NEUTRAL_VALUES, RESULTS_VERSION, run_name
+from config import NEUTRAL_VALUES, RESULTS_VERSION, run_name
+from protocol import AFFECTS
 
 BASE, LARGE = "bert-base-uncased", "bert-large-uncased"
 

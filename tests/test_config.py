@@ -20,7 +20,8 @@ import resolve
 import run_dir
 import train
 from common import InputError
-from config import AFFECTS, FIELDS, FOUND, NEUTRAL, NEUTRAL_VALUES, PROTOCOL, Run, RunConfig
+from config import FIELDS, FOUND, NEUTRAL_VALUES, Run, RunConfig
+from protocol import AFFECTS, NEUTRAL, PROTOCOL
 
 # Another value than the run below has. Fields that are not here get another number or the other truth value.
 OTHER = {

@@ -22,6 +22,7 @@ import data_prep
 import features
 import models
 import paper
+import protocol
 import run_dir
 import stats
 import train
@@ -268,7 +269,7 @@ def test_what_the_environment_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     harmless = "MIXED_PRECISION=no DYNAMO_BACKEND=no USE_CPU=False GRADIENT_ACCUMULATION_STEPS=1 DYNAMO_MODE=default"
     for variable in [*harmless.split(), "LOG_LEVEL=info", "DEBUG_MODE=1", "CPU_AFFINITY=1", "ENABLE_RICH=1"]:
         monkeypatch.setenv(*f"ACCELERATE_{variable}".split("="))
-    config.check_environment()
+    protocol.check_environment()
 
 
 # What the Trainer works with stands in the result; a difference from the flags, wherever it comes from, is refused.
@@ -286,7 +287,7 @@ def test_settings_in_force(flags: list[str], small_data: Path, monkeypatch: pyte
             patch.setattr(trainer.args, name, value)
             train.in_force(trainer)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setattr(config, "check_environment", lambda: None)
+    monkeypatch.setattr(protocol, "check_environment", lambda: None)
     with pytest.raises(InputError, match="mixed_precision is bf16 in force, and no by the flags"):
         train.prepare_run(run_of(flags), data)
 
