@@ -28,7 +28,7 @@ import lab
 import run_dir
 import stats
 from common import InputError, atomic_write, make_parser, one_line, run_script
-from config import FIELDS, NEUTRAL_VALUES, OF_CORRUPTION, SIDES, RunConfig, exact
+from config import FIELDS, NEUTRAL_VALUES, OF_CORRUPTION, RunConfig, exact
 from paper import CLAIMS, LAYERS, TABLES, TEST_ROWS, published_cells, table_of
 from tables import as_text, count_missing, groups, latex, markdown, paper_table, plain_latex, plain_markdown
 
@@ -157,8 +157,7 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
         warn(note)
     cells = stats.pick_learning_rate(comparable, CELL).reset_index()
     tables = [table_of(*place) for place in cells[["pooling", "tuning", "dataset"]].values]
-    of_paper = cells["method"].eq("reinit") & cells["parts"].eq("all") & cells["side"].isin(SIDES)
-    cells["table"] = pd.Series(pd.array(tables, dtype="str")).where(of_paper)
+    cells["table"] = pd.Series(pd.array(tables, dtype="str")).where(cells.index.isin(lab.plain(cells).index))
     column = ["model", "variant", "dataset", "pooling", "tuning"]
     uncorrupted = (
         cells["f1"].where(cells["side"] == "none").groupby([cells[name] for name in column]).transform("first")
