@@ -101,12 +101,16 @@ def result_row(result: dict) -> dict:
     row = {name: kinds.get(name, str)(settings[name]) for name in RUN if name != "variant"}
     row["method"] += "" if settings["severity"] is None else f" {exact(settings['severity'])}"
     layers, of_layers = corruption["layers"], corruption["num_layers"]
-    row |= {"layers": len(layers), "place": corruption.get("place", "-".join(map(str, layers[:1] + layers[1:][-1:])))}
+    row |= {
+        "layers": len(layers),
+        "place": str(corruption.get("place", "-".join(map(str, layers[:1] + layers[1:][-1:])))),
+    }
     sides = {0: ("none",), 100: ("all",)}.get(row["percent"], ("bottom", "top"))
     if row["side"] not in {*sides, row["place"]} - {""} or row["layers"] != round(row["percent"] / 100 * of_layers):
         raise ValueError(f"{row['layers']} of {of_layers} layers are not {row['side']} {row['percent']} %")
-    change = corruption.get("relative_change")
-    row |= {"relative_change": np.nan if change is None else float(change), "trained": result["model"].get("trained")}
+    change, trained = corruption.get("relative_change"), result["model"].get("trained")
+    row |= {"relative_change": np.nan if change is None else float(change)}
+    row |= {"trained": None if trained is None else int(trained)}
     row |= {"f1": 100 * result["weighted_f1"], "accuracy": 100 * result["accuracy"]}
     row |= {name: result[name] for name in ("best_epoch", "epochs", "commit")}
     row |= {"seconds": round(result["seconds"]["total"], 1), "device": result["device"]["name"]}

@@ -21,7 +21,7 @@ def in_order(names: pd.Series | pd.Index) -> list:
     known = [*KNOWN.get(names.name, ())]
 
     def place(name: object) -> tuple:
-        words = re.findall(r"[\d.]+|[^\d.]+", f"{name}")
+        words = re.findall(r"\d+(?:\.\d+)?|\D+", f"{name}")
         return [*known, name].index(name), [(0, float(w), "") if w[0].isdigit() else (1, 0.0, w) for w in words]
 
     return sorted(set(names), key=place)

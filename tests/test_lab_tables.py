@@ -8,6 +8,7 @@ from scipy.stats import ttest_rel
 from test_aggregate import BASE, run_main, write_result
 
 import report
+import tables
 
 F1 = {1: 60, 2: 62, 3: 67}  # of three seeds
 SEEDS = tuple(F1)
@@ -106,6 +107,13 @@ def test_whether_a_difference_is_luck(lab: Path) -> None:
     assert rows.loc["B", "reinit", "ffn", "2", "full"]["difference"] == pytest.approx(-5)
     assert rows.loc["C", "reinit", "all", "1-6", "bitfit"]["difference"] == pytest.approx(4)
     assert set(rows.index.get_level_values("table")) == {"A", "B", "C"}
+
+
+# Numbers in names count as numbers, whatever stands around them: a version is not one.
+def test_order_of_names() -> None:
+    names = pd.Series(["set10", "set2", "a-1.2.3", "a-1.10", "..", ""], name="dataset")
+    assert tables.in_order(names) == ["", "..", "a-1.10", "a-1.2.3", "set2", "set10"]
+    assert tables.in_order(pd.Series(["10", "2-4,6", "none", "2"], name="place")) == ["none", "2", "2-4,6", "10"]
 
 
 # Without other corruptions and tunings there is nothing of the lab, and what it wrote before goes.
