@@ -72,7 +72,7 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
                 continue
             result = run_dir.read_result(folder)
             row, other = result_row(result), other_settings(result)
-            epochs, by_epoch = run_dir.read_evidence(folder, result)
+            epochs, by_epoch, _ = run_dir.read_evidence(folder, result)
             best = by_epoch[f"epoch_{epochs['weighted_f1'].idxmax() + 1}"]
             frame = by_epoch.filter(["row", "label", "group"]).assign(prediction=best)
             row |= {"f1_last": 100 * epochs["weighted_f1"].iloc[-1]}

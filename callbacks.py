@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -44,6 +45,23 @@ class TrainTimer(TrainerCallback):
     def on_step_end(self, *_: object, **__: object) -> None:
         now = time.perf_counter()
         self.seconds, self.last = self.seconds + now - self.last, now
+
+
+class EvaluateAt(TrainerCallback):
+    """Evaluates after each of these steps of the optimizer, 0 before the first, and after the last.
+
+    `rows` fills with what `evaluate` gives, and the `step`. No random stream is moved: the run trains as without it.
+    """
+
+    def __init__(self, steps: tuple[int, ...], evaluate: Callable[[], dict]) -> None:
+        self.steps, self.evaluate, self.rows = steps, evaluate, []
+
+    def record(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if state.global_step in (*self.steps, state.max_steps):
+            with torch.random.fork_rng(devices=[]):  # a data loader draws a seed
+                self.rows.append({"step": state.global_step} | self.evaluate())
+
+    on_train_begin = on_step_end = record
 
 
 class Progress(TrainerCallback):

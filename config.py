@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cached_property
 from hashlib import sha256
@@ -42,7 +42,10 @@ def spell_parts(text: str) -> str:
 def setting(
     default: object, text: str, kind: Callable = str, choices: tuple = (), affects: bool = True, group: str = "the run"
 ) -> object:
-    """A field of RunConfig: its default, its help, its type on the command line, and whether it affects results."""
+    """A field of RunConfig: its default, its help, its type on the command line, and whether it affects results.
+
+    One whose default is a tuple takes several values.
+    """
     return field(
         default=default, metadata={"help": text, "type": kind, "choices": choices, "affects": affects, "group": group}
     )
@@ -69,6 +72,7 @@ class RunConfig:
         "reinit", "how: reinit, normal, noise, shuffle, prune, prune_random, bitflip, permute, drop (docs/lab.md)"
     )
     severity: float | None = setting(None, "of noise, prune, prune_random and bitflip", float)
+    corrupt_after: bool = setting(False, "fine-tune first, then corrupt, then fine-tune again", truth)
     dataset: str = setting(
         "sst2", f"{', '.join(paper.DATASETS)}, or a folder of your own with a train and a test file (docs/data.md)"
     )
@@ -102,6 +106,10 @@ class RunConfig:
     save_vectors: bool = setting(
         False, "keep what the head reads of each test row, best epoch (Figure 1)", truth, affects=False
     )
+    save_states: bool = setting(False, "keep the weights until analyse.py has read them", truth, affects=False)
+    eval_at: tuple[int, ...] = setting(
+        (), "evaluate after these steps, too, and after the last (steps.csv)", int, affects=False
+    )
     learning_rate: float = setting(5e-5, "the paper's are 1e-5, 2e-5, 5e-5, the best kept", float, group=TRAINING)
     num_train_epochs: float = setting(10.0, "each is evaluated, the best is kept", float, group=TRAINING)
     max_steps: int = setting(
@@ -120,6 +128,7 @@ class RunConfig:
     trainer: dict = field(default_factory=dict)  # other fields of TrainingArguments
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eval_at", tuple(sorted(set(self.eval_at))))
         if self.tuning == "probe_converged":
             self._without_training()
         self._check_corruption()
@@ -144,10 +153,13 @@ class RunConfig:
             raise InputError("--max_steps 0 trains nothing: leave it out, or give a number above 0")
         if not math.isfinite(self.kaiming_a):
             raise InputError(f"--kaiming_a {self.kaiming_a} is not finite")
-        if self.tuning.startswith("probe") and (self.save_model or self.save_vectors):
-            raise InputError(
-                f"--tuning {self.tuning} does not change the encoder: --save_model and --save_vectors need full"
-            )
+        saved = [name for name in ("save_model", "save_vectors", "save_states") if getattr(self, name)]
+        if self.tuning.startswith("probe") and saved:
+            raise InputError(f"--tuning {self.tuning} does not change the encoder: --{saved[0]} needs full")
+        if self.eval_at and (self.eval_at[0] < 0 or self.tuning == "probe_converged"):
+            raise InputError(f"--eval_at {self.eval_at[0]} is not a step of training: give such as 0 1 2 5 10 20 50")
+        if self.resume and (self.eval_at or self.corrupt_after):
+            raise InputError("--resume keeps neither --eval_at's evaluations nor --corrupt_after's model: leave it out")
         if not 0 < self.layer_decay <= 1:
             raise InputError(f"--layer_decay {self.layer_decay} is not above 0 and at most 1")
         for tuning, names in {"lora": ("lora_rank", "lora_alpha"), "llrd": ("layer_decay",)}.items():
@@ -180,10 +192,17 @@ class RunConfig:
         if self.tuning in ("corrupted", "intact") and (self.uncorrupted or self.method in ("permute", "drop")):
             what = f"--method {self.method}" if not self.uncorrupted else "nothing corrupted"
             raise InputError(f"--tuning {self.tuning} with {what} has no tensors to tell apart: use --tuning full")
+        if self.corrupt_after and self.tuning != "full":
+            raise InputError(f"--corrupt_after fine-tunes twice at one rate: --tuning {self.tuning} is not for both")
 
     @property
     def uncorrupted(self) -> bool:
         return self.layers is None and (self.corrupt == "none" or self.frac == 0)
+
+    def without_corruption(self) -> "RunConfig":
+        """The same run of the uncorrupted model."""
+        names = ("corrupt", "frac", "layers", "kaiming_a", "corrupt_seed", *OF_CORRUPTION)
+        return replace(self, **{name: FIELDS[name].default for name in names})
 
     def _without_training(self) -> None:
         """A converged probe takes no steps: its learning rate and its epochs are 0, whatever the defaults are."""
@@ -200,13 +219,14 @@ class RunConfig:
         changed = {name: value for name, value in own.items() if value != FIELDS[name].default}
         given = {"model": self.model, "dataset": self.dataset} | changed | self.trainer
         kinds = {dict: json.dumps, list: json.dumps, float: exact}
-        texts = {name: kinds.get(type(v), str)(v) for name, v in given.items()}
-        words = [[f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text] for name, text in texts.items()]
+        several = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items()}
+        texts = {name: [kinds.get(type(v), str)(v) for v in values] for name, values in several.items()}
+        words = [[f"--{name}={t[0]}"] if t[0].startswith("-") else [f"--{name}", *t] for name, t in texts.items()]
         return [word for of_one in words for word in of_one]
 
 
 FIELDS = {f.name: f for f in fields(RunConfig) if f.name != "trainer"}
-OF_CORRUPTION = ("parts", "method", "severity")  # say nothing where nothing is corrupted
+OF_CORRUPTION = ("parts", "method", "severity", "corrupt_after")  # say nothing where nothing is corrupted
 FOUND = ("model", "corrupt", "frac", "layers", "dataset")  # stand in the settings as they were found, with fingerprints
 NEUTRAL_VALUES = {name: f.default for name, f in FIELDS.items() if f.metadata["affects"] and name not in FOUND}
 NEUTRAL_VALUES |= AFFECTS
@@ -235,7 +255,8 @@ def add_flag(parser: argparse.ArgumentParser, name: str) -> None:
     options |= {"choices": about["choices"]} if about["choices"] else {}
     options |= {"metavar": "N"} if about["type"] in (int, float) else {}
     options |= {"nargs": "?", "const": True, "metavar": "True"} if about["type"] is truth else {}
-    text = about["help"] + (f" (default: {default})" if default not in (None, False) else "")
+    options |= {"nargs": "+"} if isinstance(default, tuple) else {}
+    text = about["help"] + (f" (default: {default})" if default not in (None, False, ()) else "")
     parser.add_argument(f"--{name}", help=text, **options)
 
 

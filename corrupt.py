@@ -291,13 +291,18 @@ def corrupt_layers(model: PreTrainedModel, place: Place, how: Corruption, seed: 
 
 
 def load_corrupted(
-    folder: Path, how: Corruption = UNCORRUPTED, seed: int = 0, head_seed: int | None = None, **settings: object
+    folder: Path,
+    how: Corruption = UNCORRUPTED,
+    seed: int = 0,
+    head_seed: int | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
+    **settings: object,
 ) -> tuple[PreTrainedModel, dict]:
     """The model-loading hook: a pre-trained encoder with a new head, corrupted, in float32; and the manifest of it.
 
     The head of `AutoModelForSequenceClassification` is drawn from a stream of its own, so that it is the same for
-    every corruption; `head_seed` is `seed` unless it is given. `settings` go to the model's configuration
-    (`num_labels`, ...). Raises InputError.
+    every corruption; `head_seed` is `seed` unless it is given. With `weights`, a fine-tuned model's, head and all, it
+    is that model which is corrupted. `settings` go to the model's configuration (`num_labels`, ...). Raises InputError.
     """
     known = models.load_config(folder)
     usual = {"problem_type": "single_label_classification", "return_dict": True, "classifier_pooling": "cls"}
@@ -314,6 +319,8 @@ def load_corrupted(
         model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **settings)
         new = check_loaded(folder, model, info)
     logging.set_verbosity(verbosity)
+    if weights is not None:
+        model.load_state_dict(weights)
     num_layers = len(encoder_layers(model))
     place = select_layers(how.corrupt, how.frac, num_layers, how.layers)
     tensors, change = corrupt_layers(model, place, how, seed)

@@ -74,11 +74,14 @@ def count_tokens(dataset: str, data_dir: str, max_length: int) -> tuple[int, int
 
 def passes(run: RunConfig, counts: tuple[int, int]) -> float:
     """How many rows or tokens go through the encoder, of `counts` in train and test; a step counts three times, for
-    backward too. A probe reads each once; that its learning rates share this is not counted."""
+    backward too. A probe reads each once; that its learning rates share this is not counted. --corrupt_after trains
+    twice, --eval_at reads test once more for each step."""
     train, test = counts
     steps = math.ceil(count_rows(run.dataset, run.data_dir)[0] / run.per_device_train_batch_size)
     epochs = run.max_steps / steps if run.max_steps > 0 else run.num_train_epochs
-    return train + test if run.tuning.startswith("probe") else 3 * epochs * train + math.ceil(epochs) * test
+    more = sum(step <= epochs * steps for step in run.eval_at) * test
+    whole = (1 + run.corrupt_after) * (3 * epochs * train + math.ceil(epochs) * test)
+    return (train + test if run.tuning.startswith("probe") else whole) + more
 
 
 def relative_cost(run: RunConfig) -> float:
@@ -94,6 +97,7 @@ def finished_rates(output_dir: Path) -> dict[tuple, float]:
             result = run_dir.read_result(path.parent)
             s, (train, test) = result["settings"], result["data"]["tokens"].values()
             read = train + test if s["tuning"].startswith("probe") else result["epochs"] * (3 * train + test)
+            read = (1 + s["corrupt_after"]) * read + len(result.get("steps", ())) * test
             if s["max_steps"] < 0:
                 seconds = max(0.1, result["seconds"]["total"] - RUN_SECONDS)
                 rates.setdefault((s["model"], s["tuning"], s["bf16"]), []).append(seconds / read)

@@ -199,6 +199,7 @@ METHODS = (
 )
 # The best of a pilot (docs/results/lab): seed 0, SST-2, mean of bottom and top 50 %.
 TUNING_RATES = {"full": 2e-4, "corrupted": 5e-4, "intact": 2e-4, "bitfit": 5e-3, "lora": 5e-3, "llrd": 2e-4}
+EVAL_AT = (0, 1, 2, 5, 10, 20, 30, 50, 75, 100, 200, 500)  # steps of the recovery curves, dense at first
 
 
 def vary(sweep: Sweep, **fixed: object) -> Sweep:
@@ -210,6 +211,7 @@ def tuned(tuning: str) -> Sweep:
     return replace(vary(LAB, tuning=tuning), learning_rate=(TUNING_RATES[tuning],), corrupt=sides)
 
 
+INSIDE = replace(vary(LAB, eval_at=EVAL_AT, save_states=True), frac=(*HALF, Fraction(1)), seed=(0, 1))
 PRESETS = {
     "demo": (DEMO, DEMO_BBC, DEMO_PROBE),
     "table1": (TABLE_1,),
@@ -222,5 +224,6 @@ PRESETS = {
     "places": tuple(vary(replace(LAB, layers=("each",)), parts=parts) for parts in ("all", "attention", "ffn")),
     "tunings": tuple(map(tuned, TUNING_RATES)),
     "progressive": (replace(LAB, frac=None),),
+    "inside": (INSIDE, vary(replace(INSIDE, corrupt=("bottom", "top", "all")), corrupt_after=True)),
     "paper": (FIGURE_1, TABLE_1, TABLE_3, TABLE_4, TABLE_5),  # Figure 1's runs are among Table 1's
 }

@@ -48,20 +48,23 @@ def read_result(folder: Path) -> dict:
     return result
 
 
-def read_evidence(folder: Path, result: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The run's epochs and its predictions: `row`, `label`, `group` where rows belong together, and one for each epoch,
-    `epoch_1` the first. Every score of every epoch is computed again from the predictions.
+def read_evidence(folder: Path, result: dict) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame | None]:
+    """The run's epochs, its predictions, and its steps if it was evaluated at some (--eval_at).
 
-    Raises ValueError if a file is not the one that the run wrote, or its numbers do not agree.
+    Predictions are `row`, `label`, `group` where rows belong together, and one for each epoch, `epoch_1` the first, and
+    step, `step_0`. Every score of every epoch and step is computed again from them. Raises ValueError if a file is not
+    the one that the run wrote, or its numbers do not agree.
     """
     for name, expected in result["files"].items():
         if sha256_of(folder / name) != expected["sha256"]:
             raise ValueError(f"{name} is not what the run wrote")
     epochs = pd.read_csv(folder / "epochs.csv")
-    by_epoch = [f"epoch_{k}" for k in range(1, len(epochs) + 1)]
-    small = dict.fromkeys(("label", *by_epoch), "int16")  # a class that is no such number is refused
+    steps = pd.read_csv(folder / "steps.csv") if "steps.csv" in result["files"] else None
+    times = [f"epoch_{k}" for k in range(1, len(epochs) + 1)]
+    times += [] if steps is None else [f"step_{k}" for k in steps["step"]]
+    small = dict.fromkeys(("label", *times), "int16")  # a class that is no such number is refused
     predictions = pd.read_csv(folder / "predictions.csv.gz", dtype=small)
-    labels, guesses = predictions["label"], predictions[by_epoch].to_numpy()
+    labels, guesses = predictions["label"], predictions[times].to_numpy()
     classes = [*result["data"]["rows_per_class"]["test"].values()]
     whole = len(epochs) == result["epochs"] and min(labels.min(), guesses.min()) >= 0
     if not whole or np.bincount(labels, minlength=len(classes)).tolist() != classes or guesses.max() >= len(classes):
@@ -70,9 +73,9 @@ def read_evidence(folder: Path, result: dict) -> tuple[pd.DataFrame, pd.DataFram
     scores = stats.score_epochs(labels.to_numpy(), guesses, half, len(classes))
     best = epochs.loc[epochs["weighted_f1"].idxmax(), ["weighted_f1", "accuracy", "epoch"]].tolist()
     agrees = best == [result[name] for name in ("weighted_f1", "accuracy", "best_epoch")]
-    if not agrees or not np.allclose(scores, epochs[[*scores]], rtol=0, atol=1e-9):
+    if not agrees or not np.allclose(scores, pd.concat([epochs, steps])[[*scores]], rtol=0, atol=1e-9):
         raise ValueError("its scores are not those of its predictions")
-    return epochs, predictions
+    return epochs, predictions, steps
 
 
 def load_valid_result(run: Run, digests: bool = True) -> dict | None:
@@ -95,9 +98,13 @@ def load_valid_result(run: Run, digests: bool = True) -> dict | None:
         return refuse(f"{run.folder}: {one_line(error)}")
     wanted = run.config
     kept = {"model": wanted.save_model, "vectors.npy": wanted.save_vectors, "layers.csv": wanted.probe_layers == "all"}
+    kept["states"] = wanted.save_states and not (run.folder / "inside").exists()  # analyse.py has read them
     for name, asked in kept.items():
         if asked and not (run.folder / name).exists():
             return refuse(f"{run.folder} has no {name}")
+    steps = result.get("steps", [])
+    if missing := [step for step in wanted.eval_at if step not in steps and step <= max(steps, default=step)]:
+        return refuse(f"{run.folder} was not evaluated after step {missing[0]}")
     return result
 
 

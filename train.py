@@ -40,6 +40,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
 from filelock import Timeout
+from safetensors.torch import save_file
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -48,6 +49,7 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import ModelOutput
 
 import callbacks
@@ -68,11 +70,49 @@ from common import USER_ERRORS, InputError, RunError, explain, fail, git_commit,
 from config import Run, RunConfig
 
 METRIC = Path(__file__).parent / "metrics" / "weighted_f1"
-SEEDS = ("corrupt_seed", "head_seed", "data_seed")  # each is --seed unless it is given
+SCORES = {"eval_loss": "eval_loss"}  # the Trainer's name of each score, and ours
+SCORES |= {f"eval_{name}": name for name in ("accuracy", "weighted_f1", *stats.HALVES)}
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "numpy")
 
 
 # ---- What is read ----
+
+
+def load_rows(
+    run: Run, data: datasets.DatasetDict
+) -> tuple[datasets.DatasetDict, PreTrainedTokenizerBase, np.ndarray, Path]:
+    """The rows as tokens, the model's tokenizer, the test split's order in `tokens`, and the folder of the tokens."""
+    tokenizer = models.load_tokenizer(run.model_folder)
+    names = ("results_version", "data_fingerprint", "model_fingerprint", "max_length")
+    key = {name: run.settings[name] for name in names} | {p: version(p) for p in ("transformers", "tokenizers")}
+    folder = Path(run.config.data_dir) / "tokens" / f"{run.config.dataset}-{features.key_of(key)}"
+    segments = models.segments(run.model_folder)
+    tokens, order = features.tokenise(data, tokenizer, segments, run.config.max_length, folder)
+    return tokens, tokenizer, order, folder
+
+
+def seed_for(wanted: RunConfig, name: str) -> int:
+    """A random stream's seed: that of the run, unless it has its own."""
+    return wanted.seed if getattr(wanted, name) is None else getattr(wanted, name)
+
+
+def load_model(
+    run: Run, data: datasets.DatasetDict, weights: dict[str, torch.Tensor] | None = None
+) -> tuple[PreTrainedModel, dict]:
+    """The run's corrupted model with its new head, or of the fine-tuned `weights` of --corrupt_after; the manifest."""
+    labels = dict(enumerate(data["train"].features["label"].names))
+    model, corruption = corrupt.load_corrupted(
+        run.model_folder,
+        corrupt.Corruption.of(run.config),
+        seed_for(run.config, "corrupt_seed"),
+        seed_for(run.config, "head_seed"),
+        weights,
+        id2label=labels,
+        label2id={name: label for label, name in labels.items()},
+    )
+    if models.model_fingerprint(run.model_folder) != run.settings["model_fingerprint"]:
+        raise RunError(f"{run.model_folder} was changed while it was being loaded: start the run again")
+    return model, corruption
 
 
 class Trainable(NamedTuple):
@@ -180,31 +220,14 @@ class PreparedRun(NamedTuple):
     predicted: list[np.ndarray]  # filled by each evaluation: the predicted class of each row, in `order`
 
 
-def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
-    """Tokenise, load, corrupt, and make the Trainer."""
+def prepare_run(run: Run, data: datasets.DatasetDict, weights: dict[str, torch.Tensor] | None = None) -> PreparedRun:
+    """Tokenise, load, corrupt, and make the Trainer; `weights` as of `load_model`."""
     wanted, args = run.config, training_arguments(run.config, run.work_dir / "checkpoints", run.name)
-    tokenizer = models.load_tokenizer(run.model_folder)
-    names = ("results_version", "data_fingerprint", "model_fingerprint", "max_length")
-    key = {name: run.settings[name] for name in names} | {p: version(p) for p in ("transformers", "tokenizers")}
-    folder = Path(wanted.data_dir) / "tokens" / f"{wanted.dataset}-{features.key_of(key)}"
-    segments = models.segments(run.model_folder)
-    tokens, order = features.tokenise(data, tokenizer, segments, wanted.max_length, folder)
+    tokens, tokenizer, order, folder = load_rows(run, data)
     test = data["test"].to_pandas().rename(columns={"source_row": "row"}).filter(["row", "label", "group"])
     half = stats.split_halves(test["label"], test.get("group"))[order]
 
-    labels = dict(enumerate(data["train"].features["label"].names))
-    label2id = {name: label for label, name in labels.items()}
-    seeds = {name: wanted.seed if getattr(wanted, name) is None else getattr(wanted, name) for name in SEEDS}
-    model, corruption = corrupt.load_corrupted(
-        run.model_folder,
-        corrupt.Corruption.of(wanted),
-        seeds["corrupt_seed"],
-        seeds["head_seed"],
-        id2label=labels,
-        label2id=label2id,
-    )
-    if models.model_fingerprint(run.model_folder) != run.settings["model_fingerprint"]:
-        raise RunError(f"{run.model_folder} was changed while it was being loaded: start the run again")
+    model, corruption = load_model(run, data, weights)
     tunings.TUNINGS[wanted.tuning](model, corruption, wanted)  # first: lora puts modules in the place of others
     plain = wanted.no_unpadding or args.device.type != "cpu"  # none of it has been measured on a GPU
     plain |= wanted.tuning == "probe_converged"  # which reads every layer and every token
@@ -231,7 +254,7 @@ def prepare_run(run: Run, data: datasets.DatasetDict) -> PreparedRun:
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     # epoch k's order has the seed data_seed + k: with the plain seed, that of epoch 2 would be seed 1's of epoch 1
-    args.data_seed = corrupt.seed_of(seeds["data_seed"], "data order")
+    args.data_seed = corrupt.seed_of(seed_for(wanted, "data_seed"), "data order")
     trainer = (tunings.LayerwiseTrainer if wanted.tuning == "llrd" else Trainer)(
         model_init=lambda: model,  # asked for twice, at first and when training begins: nothing trains it in between
         args=args,
@@ -268,6 +291,18 @@ def check(wanted: RunConfig) -> None:
     model_check.check_model(folder, models.model_fingerprint(folder), wanted.pooling, wanted.no_unpadding)
 
 
+def fine_tune_uncorrupted(run: Run, data: datasets.DatasetDict) -> tuple[dict[str, torch.Tensor], float]:
+    """What --corrupt_after corrupts: the weights of the uncorrupted run's last epoch, and its weighted F1 there.
+
+    It trains as that run does, to the digit; nothing is chosen by its test F1.
+    """
+    trainer = prepare_run(dataclasses.replace(run, config=run.config.without_corruption()), data).trainer
+    trainer.args.save_strategy, trainer.args.load_best_model_at_end = SaveStrategy.NO, False
+    train(trainer, run, None)
+    scores = epoch_table(trainer.state.log_history)
+    return {name: values.cpu() for name, values in trainer.model.state_dict().items()}, scores["weighted_f1"].iloc[-1]
+
+
 def run_training(run: Run) -> dict:
     """Do the run, whose lock the caller holds, and return its result; raises what goes wrong.
 
@@ -278,7 +313,8 @@ def run_training(run: Run) -> dict:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % of the time and repeats nothing
         data = data_prep.load(run.config.dataset, run.config.data_dir, run.data["fingerprint"])
-        trainer, order, test, corruption, speed, known, predicted = prepare_run(run, data)
+        weights, f1_before = fine_tune_uncorrupted(run, data) if run.config.corrupt_after else (None, None)
+        trainer, order, test, corruption, speed, known, predicted = prepare_run(run, data, weights)
         device = device_of(trainer.args)
 
         checkpoint, before = (run_dir.last_checkpoint(run) if run.config.resume else None) or (None, {})
@@ -296,7 +332,13 @@ def run_training(run: Run) -> dict:
                 "resumed_from": [*resumed_from, part | {p: version(p) for p in ("torch", "transformers")}],
             }
 
+        def evaluate_at_step() -> dict:
+            scores = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval").metrics
+            return {name: scores[key] for key, name in SCORES.items()} | {"classes": predicted.pop()}
+
+        steps = callbacks.EvaluateAt(run.config.eval_at, evaluate_at_step)
         watchers = [timer, callbacks.Checkpoints(run, progress), callbacks.Progress(run)]
+        watchers += [steps] if run.config.eval_at else []
         for callback in [*watchers, *callbacks.reporters(run, resumed=checkpoint is not None)]:
             trainer.add_callback(callback)
         if run.config.tuning == "probe_converged":
@@ -309,12 +351,19 @@ def run_training(run: Run) -> dict:
         else:
             train(trainer, run, checkpoint)
             epochs = epoch_table(trainer.state.log_history)
+        if beyond := [step for step in run.config.eval_at if step > trainer.state.max_steps]:
+            print(f"--eval_at {beyond[0]} and later: training ends after step {trainer.state.max_steps}")
         trained = trainer.model.num_parameters(only_trainable=True) if trainer.optimizer else None
         evaluating = sum(row.get("eval_runtime", 0) for row in trainer.state.log_history)
         best = epochs.to_dict("records")[epochs["weighted_f1"].idxmax()]
         best_classes, rows = predicted[epochs["weighted_f1"].idxmax()], np.argsort(order)
         predictions = test.assign(**{f"epoch_{k}": classes[rows] for k, classes in enumerate(predicted, 1)})
-        if run.config.save_model or run.config.save_vectors:
+        if steps.rows:
+            by_step = pd.DataFrame(steps.rows)
+            by_step.drop(columns="classes").to_csv(new / "steps.csv", index=False)
+            guesses = {f"step_{row['step']}": row["classes"][rows] for row in steps.rows}
+            predictions = predictions.assign(**guesses)
+        if run.config.save_model or run.config.save_vectors or run.config.save_states:
             with unpad.capture_pooled(trainer.model, run.config.pooling) as pooled:
                 read_back = trainer.predict(trainer.eval_dataset)
             if (read_back.predictions.argmax(-1) != best_classes).any():
@@ -325,11 +374,7 @@ def run_training(run: Run) -> dict:
         if run.config.save_vectors:
             np.save(new / "vectors.npy", torch.cat(pooled).numpy()[rows], allow_pickle=False)
         if run.config.save_model:
-            tunings.merge_lora(trainer.model)
-            trainer.processing_class.model_max_length = run.config.max_length
-            trainer.save_model(str(new / "model"))
-            if run.config.pooling == "mean":
-                unpad.save_mean(new / "model")
+            save_model(trainer, run, new / "model")
         epochs.to_csv(new / "epochs.csv", index=False)
         predictions.to_csv(new / "predictions.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
         total = before.get("total", 0.0) + time.perf_counter() - started
@@ -338,6 +383,8 @@ def run_training(run: Run) -> dict:
             "accuracy": best["accuracy"],
             "best_epoch": best["epoch"],
             "epochs": len(epochs),
+            "steps": [row["step"] for row in steps.rows],
+            "weighted_f1_before_corruption": f1_before,
             "command": f"OMP_NUM_THREADS={torch.get_num_threads()} {run.command}",
             "settings": run.settings,
             "model": {
@@ -360,9 +407,22 @@ def run_training(run: Run) -> dict:
             "commit": git_commit(),
             "files": run_dir.list_files(new),
         }
+        if run.config.save_states:  # not among the files: analyse.py deletes them
+            save_model(trainer, run, new / "states")
+            if weights is not None:
+                save_file(weights, new / "states" / "before.safetensors")
         write_signed(new / "result.json", result)
         run_dir.publish(run)
         return result
+
+
+def save_model(trainer: Trainer, run: Run, folder: Path) -> None:
+    """Save the model that the Trainer has, and what it takes to read with it."""
+    tunings.merge_lora(trainer.model)
+    trainer.processing_class.model_max_length = run.config.max_length
+    trainer.save_model(str(folder))
+    if run.config.pooling == "mean":
+        unpad.save_mean(folder)
 
 
 def train(trainer: Trainer, run: Run, checkpoint: Path | None) -> None:
@@ -379,9 +439,8 @@ def epoch_table(log: list[dict]) -> pd.DataFrame:
     """A row for each epoch: train and test loss, accuracy, weighted F1, and the F1 on either half of the test split."""
     train = pd.DataFrame([row for row in log if "loss" in row])[["epoch", "loss"]]
     test = pd.DataFrame([row for row in log if "eval_loss" in row])
-    scores = [f"eval_{name}" for name in ("accuracy", "weighted_f1", *stats.HALVES)]
-    table = train.merge(test[["epoch", "eval_loss", *scores]], on="epoch", validate="one_to_one").convert_dtypes()
-    return table.rename(columns={"loss": "train_loss"} | {name: name.removeprefix("eval_") for name in scores})
+    table = train.merge(test[["epoch", *SCORES]], on="epoch", validate="one_to_one").convert_dtypes()
+    return table.rename(columns={"loss": "train_loss"} | SCORES)
 
 
 def out_of_memory(run: Run, args: TrainingArguments) -> str:

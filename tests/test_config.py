@@ -78,12 +78,14 @@ def test_every_field_of_the_library_is_classified() -> None:
     assert not gone, f"not a field of TrainingArguments: {gone}"
     neutral = {
         "data_dir",
+        "eval_at",
         "output_dir",
         "probe_layers",
         "report_to",
         "resume",
         "revision",
         "save_model",
+        "save_states",
         "save_vectors",
     }
     assert {name for name, field in FIELDS.items() if not field.metadata["affects"]} == neutral
