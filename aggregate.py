@@ -32,7 +32,7 @@ from config import FIELDS, NEUTRAL_VALUES, OF_CORRUPTION, RunConfig, exact
 from paper import CLAIMS, LAYERS, TABLES, TEST_ROWS, published_cells, table_of
 from tables import as_text, count_missing, groups, latex, markdown, paper_table, plain_latex, plain_markdown
 
-CELL = ["model", "variant", "method", "parts", "side", "percent", "dataset", "pooling", "tuning"]
+CELL = ["model", "variant", "method", "parts", "order", "side", "percent", "dataset", "pooling", "tuning"]
 RUN = [*CELL, "learning_rate", "seed"]
 FLOORS = ("constant", "guessing", "words")
 PLACE = ["table", "model", "percent", "side", "dataset"]  # a cell of a paper table
@@ -58,12 +58,13 @@ def read_failures(output_dir: Path) -> tuple[dict[str, str], list[str]]:
     return failures, problems
 
 
-def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], pd.DataFrame, list[str]]:
-    """A row for each run, each run's predictions at its best epoch, Table 2, and a line for each run that is left out.
+def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], pd.DataFrame, pd.DataFrame, list[str]]:
+    """A row for each run, each run's predictions at its best epoch, its steps (`run`, `step`, `f1`) if any, Table
+    2, and a line for each run that is left out.
 
     F1, accuracy and shares are in percent; the rows are sorted, so that the order of the folders does not matter.
     """
-    rows, others, predictions, sets, problems = {}, {}, {}, {}, []
+    rows, others, predictions, sets, steps, problems = {}, {}, {}, {}, [pd.DataFrame(columns=["run", "step", "f1"])], []
     for folder in sorted(output_dir.glob("runs/*/")):
         run = folder.name
         try:
@@ -72,7 +73,7 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
                 continue
             result = run_dir.read_result(folder)
             row, other = result_row(result), other_settings(result)
-            epochs, by_epoch, _ = run_dir.read_evidence(folder, result)
+            epochs, by_epoch, by_step = run_dir.read_evidence(folder, result)
             best = by_epoch[f"epoch_{epochs['weighted_f1'].idxmax() + 1}"]
             frame = by_epoch.filter(["row", "label", "group"]).assign(prediction=best)
             row |= {"f1_last": 100 * epochs["weighted_f1"].iloc[-1]}
@@ -81,6 +82,8 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
             if (key := tuple(data.values())) not in sets:
                 sets[key] = data_sources.table2([result["data"] | data])
             rows[run], others[run], predictions[run] = row, other, frame
+            if by_step is not None:
+                steps.append(by_step[["step"]].assign(run=run, f1=100 * by_step["weighted_f1"]))
         except run_dir.UNREADABLE as error:
             problems.append(f"{folder} is left out: {why(error)}; delete the folder and do the run again")
     if not rows:
@@ -89,7 +92,7 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
     runs = pd.DataFrame(rows.values(), index=list(rows))
     runs.insert(1, "variant", variants(runs, pd.DataFrame(others.values(), index=list(others)).fillna("null")))
     table2 = pd.concat([sets[key] for key in sorted(sets)])
-    return runs.sort_values([*RUN, "run"], ignore_index=True), predictions, table2, problems
+    return runs.sort_values([*RUN, "run"], ignore_index=True), predictions, pd.concat(steps), table2, problems
 
 
 def result_row(result: dict) -> dict:
@@ -98,6 +101,7 @@ def result_row(result: dict) -> dict:
     settings, corruption = NEUTRAL_VALUES | settings, result["corruption"]
     fields = {name: settings[name] for name in FIELDS if name in NEUTRAL_VALUES}
     RunConfig(**fields | ({} if settings["side"] == "none" else {"layers": settings["side"]}))  # refuses what cannot be
+    settings["order"] = "after" if settings["corrupt_after"] else "before"  # corrupted before, or after, fine-tuning
     row = {name: kinds.get(name, str)(settings[name]) for name in RUN if name != "variant"}
     row["method"] += "" if settings["severity"] is None else f" {exact(settings['severity'])}"
     layers, of_layers = corruption["layers"], corruption["num_layers"]
@@ -294,7 +298,7 @@ def main() -> None:
     failures, problems = read_failures(output_dir)
     failed = [f"failed: {run}: {reason}" for run, reason in failures.items()]
     try:
-        runs, predictions, table2, left_out = read_runs(output_dir)
+        runs, predictions, steps, table2, left_out = read_runs(output_dir)
         cells, paper = make_cells(runs), published_cells()
         for name, wanted in (("learning_rate", args.learning_rate), ("seed", args.pilot_seeds)):
             if absent := set(wanted) - set(runs[name]):
@@ -311,6 +315,8 @@ def main() -> None:
         frames |= compare_claims(in_tables, fixed, intervals, paper, args.run_deviation)
         frames |= {"floors": floors_table(runs), "table2": table2, **texts}
         frames |= {"lab": lab.differences(beyond, cells, fixed, CELL)} if beyond else {}
+        if len(curves := lab.recovery_curves(fixed, steps, CELL)):
+            frames |= {"curves": curves, "recovery": lab.recovery_times(curves, CELL)}
         files = {f"{name}.csv": frame.to_csv(index=False) for name, frame in frames.items()}
         for n, of_table in tables.items():
             files |= {f"table{n}.md": markdown(of_table), f"table{n}.tex": latex(of_table)}
@@ -323,7 +329,7 @@ def main() -> None:
             for name, text in files.items():
                 stack.enter_context(atomic_write(output_dir / name)).write_text(text, encoding="utf-8")
         kinds = [f"table{n}.{kind}" for n in (*TABLES, *lab.LAB_TABLES) for kind in ("csv", "md", "tex")]
-        for name in {*kinds, "lab.csv"} - files.keys():
+        for name in {*kinds, "lab.csv", "curves.csv", "recovery.csv"} - files.keys():
             (output_dir / name).unlink(missing_ok=True)  # of runs that are gone
     except (InputError, OSError) as error:
         parser.error("\n".join([*problems, *failed, str(error)]))

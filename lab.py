@@ -1,9 +1,10 @@
-"""Tables A to D, beyond the paper: by method, by place, by tuning, and layer by layer (docs/lab.md).
+"""Tables A to E, beyond the paper: by method, by place, by tuning, layer by layer, by order; and recovery step by step.
 
 Functions of frames; used by aggregate.py and report.py. Each table has the cells of those models and data sets that
-have something that only it shows.
+have something that only it shows. docs/lab.md defines it all.
 """
 
+import numpy as np
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
@@ -28,8 +29,9 @@ def both_sides(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def plain(cells: pd.DataFrame) -> pd.DataFrame:
-    """What the paper corrupts, as it does."""
-    return cells[cells["method"].eq("reinit") & cells["parts"].eq("all") & cells["side"].isin(SIDES)]
+    """What the paper corrupts, as and when it does."""
+    as_paper = cells["method"].eq("reinit") & cells["parts"].eq("all") & cells["side"].isin(SIDES)
+    return cells[as_paper & cells["order"].eq("before")]
 
 
 def by_method(cells: pd.DataFrame) -> pd.DataFrame:
@@ -72,17 +74,28 @@ def by_depth(cells: pd.DataFrame) -> pd.DataFrame:
     return both_sides(cells[between.groupby([cells[name] for name in SAME]).transform("nunique") > 1])
 
 
+def by_order(cells: pd.DataFrame) -> pd.DataFrame:
+    """Table E: corrupted before fine-tuning, as in the paper, and after it, where it is then fine-tuned once more."""
+    after, uncorrupted = cells["order"] == "after", cells["side"] == "none"
+    shown = has(cells, after, "method", "parts", "side", "percent", "tuning") | (uncorrupted & has(cells, after))
+    method = cells["method"].mask(uncorrupted, "uncorrupted")
+    cells = cells.assign(method=method, corruption=as_text(cells["percent"], "{:g}%"))
+    return both_sides(cells[shown & cells["parts"].eq("all")])
+
+
 LAB_TABLES = {  # caption, the columns of its rows, its cells
     "A": ("by method of corruption", ["corruption", "method", "change bottom", "change top"], by_method),
     "B": ("by corrupted place and part", ["method", "place"], by_place),
     "C": ("by what trains", ["tuning", "trained"], by_tuning),
     "D": ("by number of corrupted layers", ["layers"], by_depth),
+    "E": ("corrupted before, or after, fine-tuning", ["corruption", "method", "order"], by_order),
 }
 
 
 def lab_cells(cells: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The cells of each lab table that has any, with the columns of its rows, and `column`."""
-    chosen = {name: select(cells) for name, (_, _, select) in LAB_TABLES.items()}
+    before = cells[cells["order"] == "before"]
+    chosen = {name: select(cells if name == "E" else before) for name, (_, _, select) in LAB_TABLES.items()}
     return {name: frame for name, frame in chosen.items() if len(frame)}
 
 
@@ -112,13 +125,15 @@ AGAINST = {
     "A": ("reinit", {}),
     "B": ("uncorrupted", {"side": "none", "percent": 0.0}),
     "C": ("full", {"tuning": "full"}),
+    "E": ("corrupted before", {}),
 }
 
 
 def differences(chosen: dict[str, pd.DataFrame], cells: pd.DataFrame, runs: pd.DataFrame, cell: list) -> pd.DataFrame:
-    """A row for each cell of Tables A to C: how far its F1 is from that of `AGAINST`, by paired seeds, as for a claim.
+    """A row for each cell of Tables A to C, and E: how far its F1 is from that of `AGAINST`, by paired seeds.
 
-    The mean, its 95 % t interval, p, and p corrected by Holm within its table. `runs` are those of `stats.fixed_rate`.
+    As for a claim: the mean, its 95 % t interval, p, and p corrected by Holm within its table. `runs` are those of
+    `stats.fixed_rate`.
     """
     by_seed, rows, on = stats.f1_by_seed(cells, runs, cell), [], [*SAME, "side", "percent", "tuning"]
     reference = plain(cells)[on].reset_index(names="other")
@@ -133,3 +148,41 @@ def differences(chosen: dict[str, pd.DataFrame], cells: pd.DataFrame, runs: pd.D
     for _, p in frame["p"].dropna().groupby(frame["table"]):
         frame.loc[p.index, "p_holm"] = multipletests(p, method="holm")[1]
     return frame
+
+
+# ---- Recovery, step by step ----
+
+
+def recovery_curves(runs: pd.DataFrame, steps: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
+    """A row for each cell and step of --eval_at: mean F1 over its seeds, and the recovery R of those means.
+
+    `runs` are those of `stats.fixed_rate`; `uncorrupted` is the mean F1 of the uncorrupted model's last epoch over the
+    same seeds, missing if it lacks one of them. A step that not all of the cell's runs have is left out.
+    """
+    same = [*SAME, "tuning", "learning_rate", "seed"]
+    uncorrupted = runs.loc[runs["side"] == "none", [*same, "f1_last"]].rename(columns={"f1_last": "uncorrupted"})
+    whole = steps.merge(runs.merge(uncorrupted, how="left", on=same).drop(columns="f1"), on="run")
+    mean = {name: (name, "mean") for name in ("f1", "floor", "words")} | {"seeds": ("seed", "nunique")}
+    mean |= {"f1_std": ("f1", "std"), "uncorrupted": ("uncorrupted", lambda f1: f1.mean(skipna=False))}
+    curves = whole.groupby([*cell, "step"]).agg(**mean, runs=("run", " ".join)).reset_index()
+    curves = curves[curves["seeds"] == curves.groupby(cell)["seeds"].transform("max")]
+    curves["recovery"] = stats.recovery(curves["f1"], curves["uncorrupted"], curves["floor"])
+    return curves
+
+
+def recovery_times(curves: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
+    """A row for each cell: the drop (what a fine-tuned model loses at once), T90, the first step with R >= 0.9, and
+    the area under R(k), as its mean over the steps."""
+    rows = []
+    for key, curve in curves.groupby(cell):
+        first, last, recovery = curve.iloc[0], curve.iloc[-1], curve["recovery"]
+        row = dict(zip(cell, key, strict=True)) | {
+            name: last[name] for name in ("uncorrupted", "floor", "seeds", "runs")
+        }
+        row |= {"first_step": first["step"], "f1_first": first["f1"], "last_step": last["step"], "f1_last": last["f1"]}
+        fell = first["uncorrupted"] - first["f1"] if (row["order"], first["step"]) == ("after", 0) else np.nan
+        reached = curve.loc[recovery >= 0.9, "step"]
+        t90 = "" if recovery.isna().all() else str(reached.iloc[0]) if len(reached) else "not reached"
+        area = np.trapezoid(recovery, curve["step"]) / max(1, last["step"] - first["step"])
+        rows.append(row | {"drop": fell, "t90": t90, "area": area})
+    return pd.DataFrame(rows)

@@ -28,7 +28,8 @@ FOLDS = 5
 def layer_reader(reads: str, every_layer: bool) -> Callable:
     """For `features.Encoder.outputs`: a column for each layer's output, `layer_0` the embeddings, or the last alone.
 
-    `reads` is what is taken of it: cls, mean (of the other tokens), or pooler (what the model's pooler gives).
+    `reads` is what is taken of it: cls, mean (of the other tokens), last (the last token), or pooler (what the model's
+    pooler gives).
     """
 
     def read(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -36,7 +37,8 @@ def layer_reader(reads: str, every_layer: bool) -> Callable:
         last = len(output.hidden_states) - 1
         if reads == "pooler":
             return {f"layer_{last}": output.pooler_output}
-        take, mask = {"cls": unpad.first_token, "mean": unpad.mean_of_others}[reads], batch["attention_mask"]
+        take = {"cls": unpad.first_token, "mean": unpad.mean_of_others, "last": unpad.last_token}[reads]
+        mask = batch["attention_mask"]
         layers = range(last + 1) if every_layer else [last]
         return {f"layer_{k}": take(output.hidden_states[k], mask) for k in layers}
 

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+import inside
 import lab
 import lab_plots
 import plots
@@ -271,6 +272,7 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         judged, how="left", on=["table", "claim"], suffixes=("", "_reference")
     )
     rows, beyond = forest_rows(ours), lab.lab_cells(ours.cells)
+    within = inside.read(output_dir, ours.runs)
     shares = recovered_share(both)
     style = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), **style)
@@ -295,6 +297,8 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         lab_tables={name: lab.lab_table(name, of_table) for name, of_table in beyond.items()},
         lab_figures=lab_plots.draw_lab(beyond, folder),
         lab_differences=ours.lab,
+        inside=inside.summarise(within),
+        inside_figures=inside.draw_inside(within, folder),
         no_table=lab.in_no_table(ours.cells, beyond),
         LAB_TABLES=lab.LAB_TABLES,
         figures_1=figures_1(output_dir, dict(zip(ours.runs["run"], ours.runs["f1"], strict=True))),

@@ -36,6 +36,7 @@ OTHER = {
     **dict.fromkeys(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), '{"use_reentrant": true}'),
     **{"torch_compile_backend": "eager", "torch_compile_mode": "default", "liger_kernel_config": '{"rope": true}'},
     "neftune_noise_alpha": 5.0,
+    "eval_at": (0, 5),
     **{"corrupt_seed": 4, "head_seed": 5, "probe_reads": "mean", "probe_layers": "all"},
 }
 
@@ -157,7 +158,7 @@ def test_a_result_that_lacks_a_field(run: Run, capsys: pytest.CaptureFixture) ->
 
 # The command that a run prints does the same run, whatever its fields; other fields at their default are left out.
 def test_flags_give_the_same_run() -> None:
-    alone = {"tuning", "layers", "kaiming_a", *TAKERS}
+    alone = {"tuning", "layers", "kaiming_a", "corrupt_after", "eval_at", *TAKERS}
     every = {name: other(name) for name in FIELDS if name not in alone}
     trainer = {name: other(name) for name in AFFECTS if name != "liger_kernel_config"}  # not to be had as a flag
     trainer |= {"logging_steps": 3.0, "disable_tqdm": True, "hub_strategy": "end", "log_level": "error"}
@@ -166,6 +167,7 @@ def test_flags_give_the_same_run() -> None:
         RunConfig(layers="2-3,embeddings", tuning="lora", lora_rank=2, lora_alpha=1.5),
         RunConfig(corrupt="top", frac=Fraction(1), kaiming_a=-1.0, tuning="llrd", layer_decay=0.5),
         RunConfig(tuning="probe_converged", probe_reads="mean", probe_layers="all"),
+        RunConfig(corrupt="top", frac=Fraction(1, 2), corrupt_after=True, eval_at=(0, 5, 20)),
         RunConfig(tuning="probe", frac=Fraction(1, 3), corrupt="bottom", learning_rate=1.0000001e-05),
     ):
         assert parse(wanted.flags()) == wanted

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 import config
 import train
 
-SCRIPTS = ("data_prep", "corrupt", "train", "grid", "aggregate", "plots", "report")
+SCRIPTS = ("data_prep", "corrupt", "train", "grid", "aggregate", "analyse", "plots", "report")
 
 
 def help_of(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, flag: str = "--help") -> str:
@@ -32,7 +32,7 @@ def test_help_is_short_and_has_examples(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     lines = help_of(script, monkeypatch, capsys).splitlines()
-    assert len(lines) <= 64
+    assert len(lines) <= 68
     examples = [shlex.split(line, comments=True) for line in lines if line.strip().startswith(f"python {script}.py")]
     listed = {line.split()[0] for line in lines if line.strip().startswith("--")} | {"--num_train_epochs"}
     assert len(examples) >= 2
