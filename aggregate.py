@@ -186,7 +186,7 @@ def floors_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """A CSV that a script wrote, read back: names stay text."""
-    names = dict.fromkeys(("table", "model", "variant", "dataset", "label_name", "side", "place"), "str")
+    names = dict.fromkeys(("table", "model", "variant", "dataset", "label_name", "side", "place", "t90"), "str")
     return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=names).fillna({"variant": "", "place": ""})
 
 

@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ import stats
 import train
 import unpad
 from common import USER_ERRORS, InputError, atomic_write, fail, make_parser, one_line, run_script
-from config import Run, RunConfig
+from config import NEUTRAL_VALUES, Run, RunConfig
 
 POINTS = 21  # of the line between two models
 BATCH = 64
@@ -98,10 +99,6 @@ class Subject(NamedTuple):
     result: dict
     weights: Path  # the folder of the saved model
 
-    @property
-    def settings(self) -> dict:
-        return self.run.settings
-
 
 def read_subject(folder: Path) -> Subject:
     """Raises InputError for what is not a run, kept no weights, or was made from a model or rows that are gone."""
@@ -111,13 +108,13 @@ def read_subject(folder: Path) -> Subject:
         run = resolve.resolve_run(RunConfig(**config.parse_flags(config.run_parser(__doc__), flags)), prepare=False)
     except run_dir.UNREADABLE as error:
         raise InputError(f"{folder} is not a run that can be read: {one_line(error)}") from error
-    differ = [name for name, value in result["settings"].items() if run is None or run.settings.get(name) != value]
-    if differ:
-        raise InputError(
-            f"{folder} was made with other {differ[0]} than there is now: prepare the rows, or do it again"
-        )
+    for name, value in result["settings"].items():
+        if run is None or run.settings.get(name) != value:
+            raise InputError(
+                f"{folder} was made with another {name} than there is now: prepare the rows or do it again"
+            )
     saved = [folder / name for name in ("states", "model") if (folder / name / "config.json").exists()]
-    if not saved or (run.config.corrupt_after and saved[0].name != "states"):
+    if not saved or (run.config.corrupt_after and saved[0].name == "model"):
         raise InputError(f"{folder} has no saved states: do the run again with --save_states True")
     return Subject(replace(run, config=replace(run.config, output_dir=str(folder.parent.parent))), result, saved[0])
 
@@ -125,29 +122,21 @@ def read_subject(folder: Path) -> Subject:
 def check_pair(first: Subject, second: Subject) -> None:
     """Raises InputError unless the two read the same rows, as the same model does."""
     for name in ("model", "model_fingerprint", "dataset", "data_fingerprint", "max_length", "pooling"):
-        values = [subject.settings[name] for subject in (first, second)]
+        values = [subject.run.settings[name] for subject in (first, second)]
         if values[0] != values[1]:
             runs = f"{first.run.name} and {second.run.name}"
             raise InputError(f"{name} is {values[0]} and {values[1]} in {runs}: compare runs that share it")
 
 
-def find_partners(subjects: list[Subject]) -> list[Subject | None]:
-    """What each is compared with: the uncorrupted run of its own settings, or for that one that of the seed before."""
-
-    def shared(subject: Subject, *but: str) -> dict:
-        apart = {"side", "frac", "percent", "kaiming_a", "corrupt_seed", *config.OF_CORRUPTION, *but}
-        return {name: value for name, value in subject.settings.items() if name not in apart}
-
-    plain = sorted((s for s in subjects if s.settings["side"] == "none"), key=lambda s: s.settings["seed"])
-    partners = []
-    for subject in subjects:
-        same = [other for other in plain if shared(other) == shared(subject)]
-        if subject in plain:
-            but, seed = ("seed", "head_seed", "data_seed"), subject.settings["seed"]
-            alike = [other for other in plain if shared(other, *but) == shared(subject, *but)]
-            same = [other for other in alike if other.settings["seed"] < seed][-1:]
-        partners.append(same[0] if same else None)
-    return partners
+def find_partner(subject: Subject, subjects: list[Subject]) -> Subject | None:
+    """The uncorrupted run of the subject's own settings; if it is that one, the uncorrupted run of the seed before."""
+    names = ("kaiming_a", "corrupt_seed", *config.OF_CORRUPTION)
+    same = subject.run.settings | {"side": "none", "percent": 0.0} | {name: NEUTRAL_VALUES[name] for name in names}
+    there, wanted = {other.run.name: other for other in subjects}, [same]
+    if subject.run.settings["side"] == "none":
+        seeds = sorted({other.run.settings["seed"] for other in subjects}, reverse=True)
+        wanted = [same | {"seed": seed} for seed in seeds if seed < same["seed"]]
+    return next((there[name] for name in map(config.run_name, wanted) if name in there), None)
 
 
 # ---- One run ----
@@ -156,134 +145,130 @@ def find_partners(subjects: list[Subject]) -> list[Subject | None]:
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: DataLoader) -> float:
     """The mean cross-entropy of the rows, without dropout."""
-    total, count = 0.0, 0
-    for batch in rows:
-        size = len(batch["labels"])
-        total += model(**batch.to(model.device)).loss.item() * size
-        count += size
-    return total / count
+    model.eval()
+    losses = [(model(**batch.to(model.device)).loss.item(), len(batch["labels"])) for batch in rows]
+    return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
+
+
+def copy_weights(model: PreTrainedModel) -> Weights:
+    return {name: values.detach().cpu().clone() for name, values in model.state_dict().items()}
 
 
 def analyse(subject: Subject, partner: Subject | None, cache: Path) -> dict[str, pd.DataFrame]:
-    """The frames of a run, by the name of their file; `run` is its name, `against` its partner's."""
+    """The frames of a run, by the name of their file; `summary` has one row. Memory for one run and its partner."""
     run, device = subject.run, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = data_prep.load(run.config.dataset, run.config.data_dir, run.data["fingerprint"])
     tokens, tokenizer, order, _ = train.load_rows(run, data)
 
-    def outputs(of: Subject, state: str, model: PreTrainedModel) -> datasets.DatasetDict:
+    def read_layers(of: Subject, state: str, model: PreTrainedModel) -> datasets.DatasetDict:
         folder = cache / features.key_of({"run": of.result["sha256"], "state": state})
         encoder = features.Encoder(model, tokenizer, device, None, folder, BATCH)
         return encoder.outputs(tokens, probe.layer_reader(run.config.pooling, every_layer=True))
 
-    # before recovery: the corrupted model, drawn again, of the pre-trained one or of the one fine-tuned before
-    before = load_file(subject.weights / "before.safetensors") if run.config.corrupt_after else None
-    uncorrupted = replace(run, config=run.config.without_corruption())
-    original = before or train.load_model(uncorrupted, data)[0].state_dict()
-    model, manifest = train.load_model(run, data, before)
-    corrupted = {name: values.clone() for name, values in model.state_dict().items()}
-    states = {"before": outputs(subject, "before", model)}
+    # before recovery: the corrupted model, drawn again, of the pre-trained one or of the one that was fine-tuned
+    fine_tuned = load_file(subject.weights / "before.safetensors") if run.config.corrupt_after else None
+    healthy = replace(run, config=run.config.without_corruption())
+    original = fine_tuned or copy_weights(train.load_model(healthy, data)[0])
+    model, manifest = train.load_model(run, data, fine_tuned)
+    corrupted, before = copy_weights(model), read_layers(subject, "before", model)
     model = unpad.load_saved(subject.weights)
-    recovered = {name: values.clone() for name, values in model.state_dict().items()}
-    states["after"] = outputs(subject, "after", model)
+    recovered, after = copy_weights(model), read_layers(subject, "after", model)
 
-    frames, half = {}, stats.split_halves(data["test"].to_pandas()["label"], data["test"].to_pandas().get("group"))
+    frames, summary = {}, {}
+    test = data["test"].to_pandas()
+    half = stats.split_halves(test["label"], test.get("group"))[order]
     try:
-        fitted = {state: probe.evaluate(both["train"], both["test"], half[order])[0] for state, both in states.items()}
+        states = {"before": before, "after": after}
+        fitted = {name: probe.evaluate(state["train"], state["test"], half)[0] for name, state in states.items()}
         frames["layers"] = pd.concat(fitted, names=["state"]).reset_index("state")
+        summary |= {f"probe_{name}": 100 * layers["weighted_f1"].iloc[-1] for name, layers in fitted.items()}
     except InputError as error:
         print(f"{run.name}: no probes: {one_line(error)}", file=sys.stderr)
-    names = [(f"{model.base_model_prefix}.{row['name']}", row) for row in manifest["tensors"]]
-    rows = [
-        {"tensor": row["name"], "layer": row["layer"], "part": row["part"]}
-        | distance(original[name], corrupted[name], recovered[name])
-        for name, row in names
-        if name in recovered  # --method drop takes them out
-    ]
-    if rows:
-        there = [name for name, _ in names]
-        whole = (torch.cat([state[name].flatten() for name in there]) for state in (original, corrupted, recovered))
-        frames["distance"] = pd.DataFrame([{"tensor": "all"} | distance(*whole), *rows]).astype({"layer": "Int64"})
+    tensors = {f"{model.base_model_prefix}.{row['name']}": row for row in manifest["tensors"]}
+    if there := [name for name in tensors if name in recovered]:  # --method drop takes them out
+        rows = [
+            {part: tensors[name][part] for part in ("name", "layer", "part")}
+            | distance(original[name], corrupted[name], recovered[name])
+            for name in there
+        ]
+        frames["distance"] = pd.DataFrame(rows)
+        of_all = (torch.cat([state[name].flatten() for name in there]) for state in (original, corrupted, recovered))
+        summary |= distance(*of_all)
     if partner:
-        first, second = (
-            both["test"].with_format("numpy")
-            for both in (outputs(partner, "after", unpad.load_saved(partner.weights)), states["after"])
-        )
+        model_of_partner = unpad.load_saved(partner.weights)
+        theirs = copy_weights(model_of_partner)
+        first, second = read_layers(partner, "after", model_of_partner)["test"], after["test"]
+        layers = [[name for name in rows.column_names if name.startswith("layer_")] for rows in (first, second)]
         frames["similarity"] = pd.DataFrame(
-            {"layer_against": int(i.removeprefix("layer_")), "layer": int(j.removeprefix("layer_"))}
-            | {"cka": similarity(first[i][:], second[j][:])}
-            for i in first.column_names
-            if i.startswith("layer_")
-            for j in second.column_names
-            if j.startswith("layer_")
+            {
+                "layer_against": int(i[6:]),
+                "layer": int(j[6:]),
+                "cka": similarity(first[i][:].numpy(), second[j][:].numpy()),
+            }
+            for i, j in product(*layers)
         )
-        theirs = unpad.load_saved(partner.weights).state_dict()
+        summary["cka"] = frames["similarity"]["cka"].iloc[-1]  # of the last layers
         if theirs.keys() == recovered.keys():
-            batches = DataLoader(
-                tokens["test"].remove_columns("length"), BATCH, collate_fn=DataCollatorWithPadding(tokenizer)
-            )
-            model.eval().to(device)
+            rows = tokens["test"].remove_columns("length")
+            batches = DataLoader(rows, BATCH, collate_fn=DataCollatorWithPadding(tokenizer))
 
-            def loss(weights: Weights) -> float:
+            def loss_of(weights: Weights) -> float:
                 model.load_state_dict(weights)
                 return mean_loss(model, batches)
 
-            frames["barrier"] = line_between(theirs, recovered, loss)
-    for kind, frame in frames.items():
-        frame.insert(0, "run", run.name)
-        if kind in ("similarity", "barrier"):
-            frame.insert(1, "against", partner.run.name)
-    return frames
+            frames["barrier"] = line_between(theirs, recovered, loss_of)
+            summary["barrier"] = frames["barrier"]["above"].max()
+    names = {"run": run.name, "against": partner.run.name if partner else ""}
+    return {kind: frame.assign(**names) for kind, frame in (frames | {"summary": pd.DataFrame([summary])}).items()}
 
 
 def write_inside(folder: Path, frames: dict[str, pd.DataFrame]) -> None:
     """Put the frames into the run's folder, all or none."""
     aside = folder / ".inside.partial"
-    shutil.rmtree(aside, ignore_errors=True)
+    for old in (aside, folder / "inside"):
+        shutil.rmtree(old, ignore_errors=True)
     aside.mkdir()
     for kind, frame in frames.items():
         frame.to_csv(aside / f"{kind}.csv", index=False)
-    shutil.rmtree(folder / "inside", ignore_errors=True)
     aside.rename(folder / "inside")
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs: the others against the first")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs, the others against the first")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="holds runs/ (default: outputs)")
     parser.add_argument("--keep", action="store_true", help="keep the weights")
     args = parser.parse_args()
     train.silence_libraries()
     output_dir, cache = args.output_dir, args.output_dir / "features" / "inside"
     try:
-        if len(args.runs) == 1:
-            raise InputError(f"{args.runs[0]} alone has nothing to be compared with: give two runs or more, or none")
         folders = args.runs or [path.parent for path in sorted(output_dir.glob("runs/*/states"))]
         subjects = [read_subject(folder) for folder in folders]
-        if not subjects and not any(output_dir.glob("runs/*/inside")):
-            raise InputError(f"{output_dir}/runs has no saved states: run python grid.py --preset inside first")
         if args.runs:
-            partners = [None, *subjects[:1] * (len(subjects) - 1)]
-            for subject in subjects[1:]:
-                check_pair(subjects[0], subject)
+            todo = [(other, subjects[0]) for other in subjects[1:]]
         else:
-            partners = find_partners(subjects)
-        for number, (subject, partner) in enumerate(zip(subjects, partners, strict=True), 1):
-            name, folder = subject.run.name, subject.run.folder
-            if (args.runs and number == 1) or (not args.runs and (folder / "inside").exists()):
-                continue
+            new = [subject for subject in subjects if not (subject.run.folder / "inside").exists()]
+            todo = [(subject, find_partner(subject, subjects)) for subject in new]
+        for subject, partner in todo if args.runs else ():
+            check_pair(partner, subject)
+        if not todo and (args.runs or not any(output_dir.glob("runs/*/inside"))):
+            raise InputError("no two runs with saved states: run python grid.py --preset inside, or name two or more")
+        for number, (subject, partner) in enumerate(todo, 1):
             against = f"against {partner.run.name}" if partner else "alone: no uncorrupted run kept its weights"
-            print(f"[{number} of {len(subjects)}] {name} {against}", flush=True)
-            write_inside(folder, analyse(subject, partner, cache))
+            print(f"[{number} of {len(todo)}] {subject.run.name} {against}", flush=True)
+            write_inside(subject.run.folder, analyse(subject, partner, cache))
+        written = []
         for name in sorted({path.name for path in output_dir.glob("runs/*/inside/*.csv")}):
             frames = [pd.read_csv(path, dtype=str) for path in sorted(output_dir.glob(f"runs/*/inside/{name}"))]
-            with atomic_write(output_dir / f"inside_{name}") as aside:
+            written.append(output_dir / f"inside_{name}")
+            with atomic_write(written[-1]) as aside:
                 pd.concat(frames).to_csv(aside, index=False)
         if not args.keep:
             for folder in [cache, *(subject.run.folder / "states" for subject in subjects)]:
                 shutil.rmtree(folder, ignore_errors=True)
     except USER_ERRORS as error:
         fail(error)
-    print(f"-> {output_dir}/{', '.join(path.name for path in sorted(output_dir.glob('inside_*.csv')))}")
+    print(f"-> {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

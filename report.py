@@ -297,7 +297,7 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         lab_tables={name: lab.lab_table(name, of_table) for name, of_table in beyond.items()},
         lab_figures=lab_plots.draw_lab(beyond, folder),
         lab_differences=ours.lab,
-        inside=inside.summarise(within),
+        inside=within.get("cells", ()),
         inside_figures=inside.draw_inside(within, folder),
         no_table=lab.in_no_table(ours.cells, beyond),
         LAB_TABLES=lab.LAB_TABLES,

@@ -13,7 +13,12 @@ from paper import DATASETS, METHODS, MODELS, TABLES, TUNING_RATES, dataset_title
 ACROSS = r"(0|100)%"  # the corruption in rows that have one number for bottom and top
 METHOD_ORDER = [name if severity is None else f"{name} {severity:g}" for name, severity in METHODS]
 KNOWN = {"table": TABLES, "model": MODELS, "dataset": DATASETS}  # columns that have an order in paper.py
-KNOWN |= {"method": ["uncorrupted", *METHOD_ORDER], "tuning": TUNING_RATES, "place": ["none"]}
+KNOWN |= {
+    "method": ["uncorrupted", *METHOD_ORDER],
+    "tuning": TUNING_RATES,
+    "place": ["none"],
+    "order": ["before", "after"],
+}
 
 
 def in_order(names: pd.Series | pd.Index) -> list:
