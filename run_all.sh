@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All of it: set up, prepare the data, do the runs, rebuild the tables, write the page with its figures.
+# All of it: set up, prepare the data, do the runs, look inside those that kept weights, rebuild the tables, write the page.
 #   bash run_all.sh [--preset demo|paper|...] [any flag of grid.py; any flag of train.py, for every run]
 here=$(dirname "${BASH_SOURCE[0]}")
 case " $* " in *" --output"[_-]"dir"* | *" --data"[_-]"dir"*)
@@ -15,6 +15,9 @@ case $code in
   1) python aggregate.py || true ;;  # some runs failed: the tables show what is there
 esac
 if [ "$code" -le 1 ]; then
+  if compgen -G "outputs/runs/*/states" >/dev/null; then
+    python analyse.py || code=1
+  fi
   python report.py || true  # without a table there is no page: it says why
 fi
 exit "$code"

@@ -470,7 +470,7 @@ def test_what_is_evidence(tmp_path: Path) -> None:
         write_result(tmp_path, BASE, side, 50, "sst2", 0, learning_rate=5e-5, predicted=constant)
     assert judged_of(tmp_path, rates=(1e-5,))[0]["evidence"].all()
     assert not judged_of(tmp_path, rates=(5e-5,))[0]["evidence"].any()
-    runs, predictions, _, _ = aggregate.read_runs(tmp_path)
+    runs, predictions, *_ = aggregate.read_runs(tmp_path)
     ours = aggregate.make_cells(runs)
     intervals, _ = aggregate.two_models(ours, runs, predictions)
     both = aggregate.compare_claims(ours, runs[runs["learning_rate"] == 1e-5], intervals, paper.published_cells(), 0.5)
@@ -641,7 +641,7 @@ def test_the_interval_of_two_models(tmp_path: Path) -> None:
         sides[side] = np.where(random.random(250) < errors, random.integers(0, 4, 250), labels)
         write_result(tmp_path, BASE, side, 50, "sst2", 70, predicted=(labels, sides[side]))
     write_result(tmp_path, BASE, "bottom", 25, "sst2", 70)  # no top: no pair
-    runs, predictions, _, _ = aggregate.read_runs(tmp_path)
+    runs, predictions, *_ = aggregate.read_runs(tmp_path)
     cells = aggregate.make_cells(runs)
     table, problems = aggregate.two_models(cells, runs, predictions)
     (row,), (place,) = table.to_dict("records"), table.index
@@ -655,7 +655,7 @@ def test_the_interval_of_two_models(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(table, aggregate.two_models(cells, runs, predictions)[0])
     for side in ("bottom", "top"):
         write_result(tmp_path, BASE, side, 50, "sst2", 70, seed=1, predicted=(labels, sides[side]))
-    runs, predictions, _, _ = aggregate.read_runs(tmp_path)
+    runs, predictions, *_ = aggregate.read_runs(tmp_path)
     assert aggregate.two_models(aggregate.make_cells(runs), runs, predictions)[0].empty
 
 
@@ -694,7 +694,7 @@ def test_pairs_that_do_not_fit(tmp_path: Path) -> None:
     write_result(tmp_path, BASE, "top", 50, "sst2", 0, predicted=([0, 1, 0, 1, 1], [0, 1, 1, 0, 0]))
     for side in ("bottom", "top"):
         write_result(tmp_path, BASE, side, 50, "imdb", 70)  # the same predictions on both sides
-    runs, predictions, _, _ = aggregate.read_runs(tmp_path)
+    runs, predictions, *_ = aggregate.read_runs(tmp_path)
     table, (problem,) = aggregate.two_models(aggregate.make_cells(runs), runs, predictions)
     assert table[["rows_low", "rows_high"]].to_numpy().tolist() == [[0, 0]]
     assert "50.0 sst2 cls full: the test rows or labels of the runs differ" in problem
