@@ -115,7 +115,7 @@ def read_subject(folder: Path) -> Subject:
             )
     saved = [folder / name for name in ("states", "model") if (folder / name / "config.json").exists()]
     if not saved or (run.config.corrupt_after and saved[0].name == "model"):
-        raise InputError(f"{folder} has no saved states: do the run again with --save_states True")
+        raise InputError(f"{folder} has no saved states: delete it and do the run again with --save_states True")
     return Subject(replace(run, config=replace(run.config, output_dir=str(folder.parent.parent))), result, saved[0])
 
 
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the weights")
     args = parser.parse_args()
     train.silence_libraries()
-    output_dir, cache = args.output_dir, args.output_dir / "features" / "inside"
+    output_dir, cache = args.output_dir, args.output_dir / "unfinished" / "inside"
     try:
         folders = args.runs or [path.parent for path in sorted(output_dir.glob("runs/*/states"))]
         subjects = [read_subject(folder) for folder in folders]
@@ -268,6 +268,9 @@ def main() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
     except USER_ERRORS as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with the runs that it has not read", file=sys.stderr)
+        sys.exit(130)
     print(f"-> {', '.join(map(str, written))}")
 
 

@@ -359,6 +359,7 @@ def describe_cell(settings: dict) -> str:
     how = "" if s["method"] == "reinit" else s["method"] + ("" if s["severity"] is None else f" {s['severity']:g}")
     how += "" if s["parts"] == "all" else f" {s['parts']}"
     part += f" ({how.strip()})" if how else ""
+    part += " after fine-tuning" if s["corrupt_after"] else ""
     how = ("" if s["pooling"] == "cls" else f", {s['pooling']} pooling") + (
         "" if s["tuning"] == "full" else f", {s['tuning']}"
     )

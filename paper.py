@@ -122,7 +122,7 @@ def published_cells() -> pd.DataFrame:
 
 def compare(settings: dict, f1: float) -> str:
     """What the paper has for a run's cell, and how far the run's F1 (0 to 1) is from it."""
-    if (settings["method"], settings["parts"]) != ("reinit", "all"):
+    if (settings["method"], settings["parts"], settings["corrupt_after"]) != ("reinit", "all", False):
         return "the paper has no such corruption"
     table = table_of(settings["pooling"], settings["tuning"], settings["dataset"])
     place = {"table": table} | {name: settings[name] for name in ("model", "percent", "side", "dataset")}

@@ -235,9 +235,10 @@ def choose_runs(output_dir: Path, choice: dict[str, object]) -> dict[tuple[str, 
     if not results.is_file():
         raise InputError(f"{results} is not there: run python aggregate.py --output_dir {output_dir} first")
     runs = read_csv(results)
-    if not {"method", "parts"} <= set(runs):
+    if not {"method", "parts", "order"} <= set(runs):
         raise InputError(f"{results} is of an older version: run python aggregate.py --output_dir {output_dir} again")
     runs = runs.query("pooling == 'cls' and tuning == 'full' and method == 'reinit' and parts == 'all'")
+    runs = runs[runs["order"] == "before"]
     runs = runs[[(output_dir / "runs" / run / "vectors.npy").is_file() for run in runs["run"]]]
     if runs.empty:
         raise InputError(f"no run of {results} (pooling cls, full tuning) has vectors: {MORE_VECTORS}")

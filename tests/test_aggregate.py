@@ -584,7 +584,8 @@ def test_learning_rates_with_different_seeds(tmp_path: Path, capsys: pytest.Capt
     assert (cell["learning_rate"], cell["seeds"]) == (5e-5, 1) and cell["f1"] == pytest.approx(81)
     message = capsys.readouterr().err
     assert (
-        "bert-base-uncased reinit all none 0.0 sst2 cls full: learning rates have different seeds: only [0]" in message
+        "bert-base-uncased reinit all before none 0.0 sst2 cls full: learning rates have different seeds: only [0]"
+        in message
     )
     write_result(tmp_path, BASE, "none", 0, "sst2", 70, learning_rate=2e-5, seed=2)
     (cell,) = cells_of(tmp_path).to_dict("records")

@@ -354,7 +354,7 @@ def test_the_whole_way(
         assert row["weighted_f1"] == pytest.approx(f1, abs=0.03)
 
     # the weights are gone, the runs are valid and the same command has nothing to do; aggregate, the page
-    assert not list(outputs.glob("runs/*/states")) and not (outputs / "features" / "inside").exists()
+    assert not list(outputs.glob("runs/*/states")) and not list((outputs / "unfinished").iterdir())
     command = shlex.split(json.loads((cut / "result.json").read_text())["command"])[3:]
     assert run_dir.load_valid_result(run_of([*command, "--output_dir", str(outputs)]))
     written = {path: path.read_bytes() for path in outputs.glob("inside_*.csv")}
@@ -406,7 +406,7 @@ def test_refused_runs(
 
     assert "max_length is 64 and 32" in refused(whole, longer.folder)
     assert "dataset is rotten_tomatoes and bbc_news" in refused(cut, other.folder)
-    assert "has no saved states: do the run again with --save_states True" in refused(whole, bare.folder)
+    assert "has no saved states: delete it and do the run again with --save_states True" in refused(whole, bare.folder)
     assert "is not a run that can be read" in refused(whole, tmp_path)
     assert "name two or more" in refused(whole)
     assert "run python grid.py --preset inside" in refused(output_dir=tmp_path / "nowhere")
