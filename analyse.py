@@ -170,6 +170,8 @@ def analyse(subject: Subject, partner: Subject | None, cache: Path) -> dict[str,
     healthy = replace(run, config=run.config.without_corruption())
     original = fine_tuned or copy_weights(train.load_model(healthy, data)[0])
     model, manifest = train.load_model(run, data, fine_tuned)
+    if manifest["tensors"] != subject.result["corruption"]["tensors"]:
+        raise InputError(f"{run.folder} was corrupted otherwise than this code does: delete it and do the run again")
     corrupted, before = copy_weights(model), read_layers(subject, "before", model)
     model = unpad.load_saved(subject.weights)
     recovered, after = copy_weights(model), read_layers(subject, "after", model)

@@ -24,7 +24,8 @@ FIGURE = ["model", "variant", "dataset", "pooling", "tuning"]  # what one figure
 
 def read(output_dir: Path, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The frames that are there: of analyse.py, for the `runs` (results.csv), with their cells; `curves`; and `cells`,
-    a row for each cell that was measured: recovery.csv, and means over the runs of what analyse.py found."""
+    a row for each cell that was measured: recovery.csv, of its `runs`, and the means of what analyse.py found, over
+    those that it was `found_in`."""
     frames, recovery = {}, pd.DataFrame(columns=[*CELL, "runs"])
     for kind in (*KINDS, "summary"):
         if (path := output_dir / f"inside_{kind}.csv").exists():
@@ -35,7 +36,6 @@ def read(output_dir: Path, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
         by_cell = frames.pop("summary").groupby(CELL)
         found = by_cell.mean(numeric_only=True).join(by_cell["run"].agg(" ".join).rename("found_in"))
         recovery = recovery.merge(found.reset_index(), how="outer", on=CELL)
-        recovery["runs"] = recovery["runs"].fillna(recovery["found_in"])
     frames["cells"] = recovery.sort_values(["order", "percent", "side"], ascending=[False, True, True])
     return {kind: frame for kind, frame in frames.items() if len(frame)}
 
@@ -52,15 +52,18 @@ REFERENCES = {"uncorrupted": (0, (4, 2)), "words": ":", "floor": (0, (1, 2))}  #
 
 
 def add_panels(kind: str, frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with a column `panel`, sorted by it, and the column that is drawn."""
+    """The frame with columns `panel`, by which it is sorted, `label` of its line or map, and what is drawn."""
+    label = [describe_corruption(*cell) for cell in zip(frame["side"], frame["percent"], strict=True)]
+    frame = frame.assign(
+        label=pd.Series(label, frame.index) + (", " + frame["method"]).where(frame["method"] != "reinit", "")
+    )
     panel = frame["order"].map(ORDERS)
     if kind == "similarity":
-        side = [describe_corruption(*cell) for cell in zip(frame["side"], frame["percent"], strict=True)]
-        panel = pd.Series(side, frame.index) + ": " + panel
+        panel = frame["label"] + (": " + panel).where(frame["side"] != "none", ", two seeds")
     if kind == "layers":
         frame, panel = frame.assign(f1=100 * frame["weighted_f1"]), panel + ": " + frame["state"] + " recovery"
     if kind == "distance":
-        frame = frame.dropna(subset="layer").melt([*CELL, "layer"], ["distance", "cosine"], "measure")
+        frame = frame.dropna(subset="layer").melt([*CELL, "label", "layer"], ["distance", "cosine"], "measure")
         panel = frame["order"].map(ORDERS) + ": " + frame["measure"]
     return frame.assign(panel=panel).sort_values(["order", "percent"], ascending=[False, True], kind="stable")
 
@@ -83,8 +86,7 @@ def draw_lines(kind: str, frame: pd.DataFrame) -> Figure:
     figure, panels = new_panels(frame, 1.9, sharex=True, sharey=True)
     lines = {}
     for panel, part in panels:
-        for (side, percent, method), cell in part.groupby(["side", "percent", "method"], sort=False):
-            label = describe_corruption(side, percent) + ("" if method == "reinit" else f", {method}")
+        for (label, side, method), cell in part.groupby(["label", "side", "method"], sort=False):
             usual = LINES[side][1] if side in LINES and method == "reinit" else PALETTE[len(lines) % len(PALETTE)]
             colour = lines[label].get_color() if label in lines else usual
             mean = cell.groupby(x)[y].mean()
@@ -94,9 +96,8 @@ def draw_lines(kind: str, frame: pd.DataFrame) -> Figure:
         for name, dash in REFERENCES.items():
             for value in part.get(name, pd.Series(dtype=float)).head(1).dropna():
                 panel.axhline(value, color=GREY, linestyle=dash, linewidth=0.8)
-                panel.text(
-                    0.01, value, name, transform=panel.get_yaxis_transform(), va="bottom", fontsize=5.5, color=GREY
-                )
+                looks = {"transform": panel.get_yaxis_transform(), "va": "bottom", "fontsize": 5.5, "color": GREY}
+                panel.text(0.01, value, name, **looks)
         if kind == "curves":
             panel.set_xscale("symlog", linthresh=2)
             panel.set_xticks(sorted({0, *part["step"]}), labels=sorted({0, *part["step"]}), fontsize=5, minor=False)
@@ -116,16 +117,8 @@ def draw_similarity(frame: pd.DataFrame) -> Figure:
         mean = part.pivot_table(index="layer", columns="layer_against", values="cka", dropna=False)
         panel.imshow(mean, origin="lower", cmap="viridis", vmin=0, vmax=1)
         for (layer, other), value in np.ndenumerate(mean.to_numpy()):
-            colour = "white" if value < 0.6 else "black"  # on the map's colours
-            panel.text(
-                other,
-                layer,
-                "" if np.isnan(value) else f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=5,
-                color=colour,
-            )
+            looks = {"ha": "center", "va": "center", "fontsize": 5, "color": "white" if value < 0.6 else "black"}
+            panel.text(other, layer, "" if np.isnan(value) else f"{value:.2f}", **looks)
         panel.set(xlabel="layer of the run compared with", ylabel="layer")
     return figure
 
