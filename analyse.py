@@ -63,9 +63,10 @@ def hsic(x: np.ndarray, y: np.ndarray) -> float:
 def similarity(x: np.ndarray, y: np.ndarray) -> float:
     """Debiased linear CKA of two layers' outputs of the same rows: 1 up to rotation and scale, about 0 if they have
     nothing in common; NaN where one is the same for all rows."""
-    x, y = (values.astype(np.float64) - values.astype(np.float64).mean(0) for values in (x, y))
-    if min(np.abs(x).max(), np.abs(y).max()) < 1e-6:
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    if any(np.ptp(values, axis=0).max() <= 1e-6 * np.abs(values).max() for values in (x, y)):
         return np.nan
+    x, y = x - x.mean(0), y - y.mean(0)
     return hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y))
 
 

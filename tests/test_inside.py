@@ -53,7 +53,8 @@ def test_similarity() -> None:
     assert biased > 0.4 and abs(analyse.similarity(x, other)) < 0.02
     half = np.hstack([x[:, :45], other[:, :45]])
     assert 0.3 < analyse.similarity(x, half) < 0.7
-    assert np.isnan(analyse.similarity(np.ones((100, 3), np.float32), x))
+    assert analyse.similarity(x, 1e-9 * x) == pytest.approx(1)
+    assert np.isnan(analyse.similarity(0.1 + 1e-8 * other, x)) and np.isnan(analyse.similarity(x, np.zeros((100, 3))))
 
 
 # From the origin home is (3, 4), the step (3, 0): 4 of 5 are left, and the cosine is 3 / 5.
