@@ -59,7 +59,7 @@ def add_panels(kind: str, frame: pd.DataFrame) -> pd.DataFrame:
     )
     panel = frame["order"].map(ORDERS)
     if kind == "similarity":
-        panel = frame["label"] + (": " + panel).where(frame["side"] != "none", ", two seeds")
+        panel = frame["label"] + (", " + frame["order"]).where(frame["side"] != "none", ", two seeds")
     if kind == "layers":
         frame, panel = frame.assign(f1=100 * frame["weighted_f1"]), panel + ": " + frame["state"] + " recovery"
     if kind == "distance":
@@ -68,14 +68,16 @@ def add_panels(kind: str, frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(panel=panel).sort_values(["order", "percent"], ascending=[False, True], kind="stable")
 
 
-def new_panels(frame: pd.DataFrame, height: float, **options: object) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """A figure with a panel for each value of `panel`, two side by side, and the rows of each."""
+def new_panels(frame: pd.DataFrame, columns: int, **options: object) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """A figure as wide as a page, with a panel for each value of `panel`, `columns` side by side, and its rows."""
     parts = list(frame.groupby("panel", sort=False))
-    figure = Figure(figsize=(2 * COLUMN, height * -(-len(parts) // 2) + 0.5), layout="constrained")
-    axes = figure.subplots(-(-len(parts) // 2), 2, squeeze=False, **options).flatten()
-    axes[-1].set_visible(len(parts) % 2 == 0)
+    rows = -(-len(parts) // columns)
+    figure = Figure(figsize=(2 * COLUMN, 1.9 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
+    for unused in axes[len(parts) :]:
+        unused.set_visible(False)
     for panel, (name, _) in zip(axes, parts, strict=False):
-        panel.set_title(name, loc="left", fontsize=7)
+        panel.set_title(name, loc="left", fontsize=6 if columns > 2 else 7)
     figure.suptitle(f"{describe_model(frame.iloc[0])}, {dataset_title(frame['dataset'].iloc[0])}", fontsize=8)
     return figure, [(panel, part) for panel, (_, part) in zip(axes, parts, strict=False)]
 
@@ -83,7 +85,7 @@ def new_panels(frame: pd.DataFrame, height: float, **options: object) -> tuple[F
 def draw_lines(kind: str, frame: pd.DataFrame) -> Figure:
     """A line for each cell, the mean over its runs; the band is one deviation."""
     x, y, *labels = LINE_FIGURES[kind]
-    figure, panels = new_panels(frame, 1.9, sharex=True, sharey=True)
+    figure, panels = new_panels(frame, 2, sharex=True, sharey=True)
     lines = {}
     for panel, part in panels:
         for (label, side, method), cell in part.groupby(["label", "side", "method"], sort=False):
@@ -112,14 +114,15 @@ def draw_lines(kind: str, frame: pd.DataFrame) -> Figure:
 
 def draw_similarity(frame: pd.DataFrame) -> Figure:
     """CKA of each layer with each of the run that it is compared with, a map for each cell, means over its runs."""
-    figure, panels = new_panels(frame, 2.3)
+    figure, panels = new_panels(frame, 4, sharex=True, sharey=True)
     for panel, part in panels:
         mean = part.pivot_table(index="layer", columns="layer_against", values="cka", dropna=False)
         panel.imshow(mean, origin="lower", cmap="viridis", vmin=0, vmax=1)
         for (layer, other), value in np.ndenumerate(mean.to_numpy()):
-            looks = {"ha": "center", "va": "center", "fontsize": 5, "color": "white" if value < 0.6 else "black"}
+            looks = {"ha": "center", "va": "center", "fontsize": 4, "color": "white" if value < 0.6 else "black"}
             panel.text(other, layer, "" if np.isnan(value) else f"{value:.2f}", **looks)
-        panel.set(xlabel="layer of the run compared with", ylabel="layer")
+        panel.set(xlabel="layer compared with", ylabel="layer")
+        panel.label_outer()
     return figure
 
 
