@@ -145,8 +145,7 @@ def find_partner(subject: Subject, subjects: list[Subject]) -> Subject | None:
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: DataLoader) -> float:
-    """The mean cross-entropy of the rows, without dropout."""
-    model.eval()
+    """The mean cross-entropy of the rows; the model is one that was loaded, which has no dropout."""
     losses = [(model(**batch.to(model.device)).loss.item(), len(batch["labels"])) for batch in rows]
     return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
 

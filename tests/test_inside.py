@@ -136,14 +136,18 @@ def test_corrupt_after(flags: list[str], small_data: Path, tmp_path: Path) -> No
     for name, values in model.state_dict().items():
         corrupted = name.startswith("bert.encoder.layer.0.")
         assert torch.equal(values, drawn.state_dict()[name] if corrupted else before[name]), name
-    # what the run trained from is that model: its loss at step 0
+    # what was fine-tuned before has the test loss of the uncorrupted run's last epoch; what the run began from is `model`
     rows = data_prep.load("rotten_tomatoes", small_data)["test"]
     tokens = AutoTokenizer.from_pretrained(cut.model_folder)(
         rows["text"][:], padding=True, truncation=True, max_length=64, return_tensors="pt"
     )
-    with torch.no_grad():
-        loss = model.eval()(**tokens, labels=torch.tensor(rows["label"][:])).loss.item()
-    assert pd.read_csv(cut.folder / "steps.csv")["eval_loss"][0] == pytest.approx(loss, abs=1e-5)
+    steps = pd.read_csv(cut.folder / "steps.csv")
+    for weights, expected in ((before, epochs["eval_loss"].iloc[-1]), (model.state_dict(), steps["eval_loss"][0])):
+        drawn.load_state_dict(weights)
+        with torch.no_grad():
+            loss = drawn.eval()(**tokens, labels=torch.tensor(rows["label"][:])).loss.item()
+        assert loss == pytest.approx(expected, abs=1e-5)
+    assert epochs["eval_loss"].nunique() == 2 and result["best_epoch"] == 1  # so that the last is not the best
 
 
 # Where nothing is lost R is 1 from the first step, the drop 0, T90 step 0: here a noise that no float32 can hold.
