@@ -136,7 +136,7 @@ def test_corrupt_after(flags: list[str], small_data: Path, tmp_path: Path) -> No
     for name, values in model.state_dict().items():
         corrupted = name.startswith("bert.encoder.layer.0.")
         assert torch.equal(values, drawn.state_dict()[name] if corrupted else before[name]), name
-    # what was fine-tuned before has the test loss of the uncorrupted run's last epoch; what the run began from is `model`
+    # what was fine-tuned has the test loss of the uncorrupted run's last epoch; the run began from `model`
     rows = data_prep.load("rotten_tomatoes", small_data)["test"]
     tokens = AutoTokenizer.from_pretrained(cut.model_folder)(
         rows["text"][:], padding=True, truncation=True, max_length=64, return_tensors="pt"
