@@ -75,8 +75,22 @@ def one_run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, small_dat
 
 @pytest.fixture
 def beyond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the lab adds."""
+    """What the lab adds, and what analyse.py found in two of its runs."""
     folder = write_lab(tmp_path, monkeypatch)
+    cells = pd.read_csv(folder / "results.csv").query("method == 'reinit' and parts == 'all' and seed == 1")
+    pair = {"run": cells.query("side == 'top'")["run"].item(), "against": cells.query("side == 'none'")["run"].item()}
+    layers = [{"layer_against": i, "layer": j, "cka": None if 0 in (i, j) else 0.5} for i in (0, 1) for j in (0, 1)]
+    found = {
+        "similarity": layers,
+        "barrier": [{"a": a, "loss": 0.5 + a, "above": 0.0} for a in (0, 0.5, 1)],
+        "distance": [{"name": "x", "layer": 1, "part": "ffn", "distance": 1.0, "cosine": 0.1}],
+        "layers": [{"state": s, "layer": k, "weighted_f1": 0.5 + k / 9} for s in ("before", "after") for k in (0, 1)],
+        "summary": [
+            {"cka": 0.5, "barrier": 0.0, "distance": 1.0, "cosine": 0.1, "probe_before": 50, "probe_after": 61}
+        ],
+    }
+    for kind, rows in found.items():
+        pd.DataFrame(rows).assign(**pair).to_csv(folder / f"inside_{kind}.csv", index=False)
     report.write(folder, None)
     return folder
 
