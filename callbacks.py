@@ -39,8 +39,10 @@ class TrainTimer(TrainerCallback):
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
 
-    def on_epoch_begin(self, *_: object, **__: object) -> None:
+    def start(self, *_: object, **__: object) -> None:
         self.last = time.perf_counter()
+
+    on_epoch_begin = on_predict = start  # EvaluateAt predicts between two steps
 
     def on_step_end(self, *_: object, **__: object) -> None:
         now = time.perf_counter()

@@ -20,6 +20,7 @@ from test_aggregate import run_main as aggregate
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import analyse
+import callbacks
 import config
 import corrupt
 import data_prep
@@ -108,6 +109,16 @@ def test_steps(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) 
         run = run_of([*flags, "--output_dir", str(tmp_path / "b"), *words])
         assert (run_dir.load_valid_result(run) is not None) == there
     assert "was not evaluated after step 2" in capsys.readouterr().err
+
+
+# Steps end at 1 and 6; an evaluation lasts from 1 to 5: two seconds of training.
+def test_the_clock_leaves_them_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0, 1, 5, 6])
+    monkeypatch.setattr("callbacks.time.perf_counter", lambda: next(ticks))
+    timer = callbacks.TrainTimer()
+    for event in (timer.on_epoch_begin, timer.on_step_end, timer.on_predict, timer.on_step_end):
+        event()
+    assert timer.seconds == 2
 
 
 # A score or a prediction of a step that was changed is refused, under a digest that is right.
