@@ -71,13 +71,14 @@ def similarity(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def distance(original: torch.Tensor, corrupted: torch.Tensor, recovered: torch.Tensor) -> dict[str, float]:
-    """Whether a tensor went home: |recovered - original| / |corrupted - original|, and the cosine of its step with the
-    way home, both NaN where it cannot be told (Frobenius, float64)."""
+    """Whether a tensor went home: |recovered - original| / |corrupted - original|, the cosine of its step with the way
+    home, and the length of that step over that of the way; NaN where it cannot be told (Frobenius, float64)."""
     home = original.double().flatten() - corrupted.double().flatten()
     step = recovered.double().flatten() - corrupted.double().flatten()
     far, moved = home.norm().item(), step.norm().item()
-    left = (home - step).norm().item() / far if far else np.nan
-    return {"distance": left, "cosine": (home @ step).item() / (far * moved) if far and moved else np.nan}
+    cosine = (home @ step).item() / (far * moved) if far and moved else np.nan
+    left, moved = ((home - step).norm().item() / far, moved / far) if far else (np.nan, np.nan)
+    return {"distance": left, "cosine": cosine, "moved": moved}
 
 
 def line_between(first: Weights, second: Weights, loss: Callable[[Weights], float]) -> pd.DataFrame:

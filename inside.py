@@ -63,7 +63,7 @@ def add_panels(kind: str, frame: pd.DataFrame) -> pd.DataFrame:
     if kind == "layers":
         frame, panel = frame.assign(f1=100 * frame["weighted_f1"]), panel + ": " + frame["state"] + " recovery"
     if kind == "distance":
-        frame = frame.dropna(subset="layer").melt([*CELL, "label", "layer"], ["distance", "cosine"], "measure")
+        frame = frame.dropna(subset="layer").melt([*CELL, "label", "layer"], ["distance", "cosine", "moved"], "measure")
         panel = frame["order"].map(ORDERS) + ": " + frame["measure"]
     return frame.assign(panel=panel).sort_values(["order", "percent"], ascending=[False, True], kind="stable")
 

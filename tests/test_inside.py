@@ -58,13 +58,14 @@ def test_similarity() -> None:
     assert np.isnan(analyse.similarity(0.1 + 1e-8 * other, x)) and np.isnan(analyse.similarity(x, np.zeros((100, 3))))
 
 
-# From the origin home is (3, 4), the step (3, 0): 4 of 5 are left, and the cosine is 3 / 5.
+# From the origin home is (3, 4), the step (3, 0): 4 of 5 are left, the cosine is 3 / 5, and so is the step's length.
 def test_distance() -> None:
     home, away = torch.tensor([3.0, 4.0]), torch.zeros(2)
-    assert analyse.distance(home, away, torch.tensor([3.0, 0.0])) == pytest.approx({"distance": 0.8, "cosine": 0.6})
-    assert analyse.distance(home, away, home) == pytest.approx({"distance": 0, "cosine": 1})
+    half = analyse.distance(home, away, torch.tensor([3.0, 0.0]))
+    assert half == pytest.approx({"distance": 0.8, "cosine": 0.6, "moved": 0.6})
+    assert analyse.distance(home, away, home) == pytest.approx({"distance": 0, "cosine": 1, "moved": 1})
     stayed = analyse.distance(home, away, away)
-    assert stayed["distance"] == 1 and np.isnan(stayed["cosine"])
+    assert (stayed["distance"], stayed["moved"]) == (1, 0) and np.isnan(stayed["cosine"])
     assert all(np.isnan(value) for value in analyse.distance(home, home, away).values())
 
 

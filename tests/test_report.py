@@ -83,10 +83,18 @@ def beyond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found = {
         "similarity": layers,
         "barrier": [{"a": a, "loss": 0.5 + a, "above": 0.0} for a in (0, 0.5, 1)],
-        "distance": [{"name": "x", "layer": 1, "part": "ffn", "distance": 1.0, "cosine": 0.1}],
+        "distance": [{"name": "x", "layer": 1, "part": "ffn", "distance": 1.0, "cosine": 0.1, "moved": 0.2}],
         "layers": [{"state": s, "layer": k, "weighted_f1": 0.5 + k / 9} for s in ("before", "after") for k in (0, 1)],
         "summary": [
-            {"cka": 0.5, "barrier": 0.0, "distance": 1.0, "cosine": 0.1, "probe_before": 50, "probe_after": 61}
+            {
+                "cka": 0.5,
+                "barrier": 0.0,
+                "distance": 1.0,
+                "cosine": 0.1,
+                "moved": 0.2,
+                "probe_before": 50,
+                "probe_after": 61,
+            }
         ],
     }
     for kind, rows in found.items():
