@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -182,7 +183,8 @@ def analyse(subject: Subject, partner: Subject | None, cache: Path) -> dict[str,
     half = stats.split_halves(test["label"], test.get("group"))[order]
     try:
         states = {"before": before, "after": after}
-        fitted = {name: probe.evaluate(state["train"], state["test"], half)[0] for name, state in states.items()}
+        with joblib.parallel_config(n_jobs=torch.get_num_threads()):
+            fitted = {name: probe.evaluate(state["train"], state["test"], half)[0] for name, state in states.items()}
         frames["layers"] = pd.concat(fitted, names=["state"]).reset_index("state")
         summary |= {f"probe_{name}": 100 * layers["weighted_f1"].iloc[-1] for name, layers in fitted.items()}
     except InputError as error:

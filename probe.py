@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import log_loss
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from transformers import PreTrainedModel
 
 import stats
@@ -56,7 +57,8 @@ def fit(features: np.ndarray, labels: np.ndarray) -> Pipeline:
     values = np.logspace(-4, 4, 10)
     options = {"cv": FOLDS, "scoring": "neg_log_loss", "max_iter": 100_000, "l1_ratios": (0,)}
     probe = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=values, use_legacy_attributes=False, **options))
-    with warnings.catch_warnings(), explain("the probe has not converged", ConvergenceWarning):
+    one_thread = threadpool_limits(1)  # several threads wait for each other: 13 times as slow
+    with one_thread, warnings.catch_warnings(), explain("the probe has not converged", ConvergenceWarning):
         warnings.simplefilter("error", ConvergenceWarning)
         return probe.fit(features.astype(np.float64), labels)
 
