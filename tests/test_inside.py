@@ -398,6 +398,11 @@ def test_runs_by_name(healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert similarity[1, 1] == similarity[2, 2] == pytest.approx(1) and similarity[1, 2] < 0.999
     assert pd.read_csv(outputs / "inside_barrier.csv")["above"].abs().max() < 1e-9
     assert len(list(outputs.glob("runs/*/states"))) == 4 and len(list(outputs.glob("runs/*/inside"))) == 1
+    # what is there is not done again: the others are, as after an end that came too early
+    read = (cut / "inside" / "summary.csv").stat().st_mtime_ns
+    run_analyse(monkeypatch, "--output_dir", outputs, "--keep")
+    assert len(list(outputs.glob("runs/*/inside"))) == 4
+    assert (cut / "inside" / "summary.csv").stat().st_mtime_ns == read
 
 
 # What is wrong is told in one line, with exit code 2, and nothing is written.
