@@ -211,7 +211,9 @@ def tuned(tuning: str) -> Sweep:
     return replace(vary(LAB, tuning=tuning), learning_rate=(TUNING_RATES[tuning],), corrupt=sides)
 
 
-INSIDE = replace(vary(LAB, eval_at=EVAL_AT, save_states=True), frac=(*HALF, Fraction(1)), seed=(0, 1))
+INSIDE = replace(
+    vary(LAB, num_train_epochs=2.0, eval_at=EVAL_AT, save_states=True), frac=(*HALF, Fraction(1)), seed=(0, 1)
+)
 PRESETS = {
     "demo": (DEMO, DEMO_BBC, DEMO_PROBE),
     "table1": (TABLE_1,),
