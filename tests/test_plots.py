@@ -29,6 +29,7 @@ def add_run(output_dir: Path, side: str, percent: float, strays: int = 0, f1: fl
     row |= {
         "method": "reinit",
         "parts": "all",
+        "order": "before",
         "pooling": "cls",
         "tuning": "full",
         "learning_rate": 1e-5,

@@ -99,7 +99,7 @@ def test_cls_of_left_padded_rows() -> None:
         (["--num_train_epochs", "3"], "does not take --num_train_epochs"),
         (["--pooling", "mean"], "takes --probe_reads mean"),
         (["--probe_reads", "pooler", "--probe_layers", "all"], "reads the last layer alone"),
-        (["--save_model", "True"], "need full"),
+        (["--save_model", "True"], "needs full"),
     ],
 )
 def test_what_a_converged_probe_has_not(words: list[str], message: str) -> None:
