@@ -85,7 +85,7 @@ def distance(original: torch.Tensor, corrupted: torch.Tensor, recovered: torch.T
 def line_between(first: Weights, second: Weights, loss: Callable[[Weights], float]) -> pd.DataFrame:
     """The loss at 21 points (1 - a) first + a second, and how far it lies above the straight line between its ends.
 
-    The largest `above` is the barrier: 0 where the two lie in one valley, and the loss has no hill between them.
+    The largest `above` is the barrier: 0 where the two lie in one valley, without a hill between them.
     """
     at = np.linspace(0, 1, POINTS)
     losses = np.array([loss({name: torch.lerp(first[name], second[name], float(a)) for name in first}) for a in at])
@@ -147,7 +147,7 @@ def find_partner(subject: Subject, subjects: list[Subject]) -> Subject | None:
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: DataLoader) -> float:
-    """The mean cross-entropy of the rows; the model is one that was loaded, which has no dropout."""
+    """The mean cross-entropy of the rows; a model that was loaded is in evaluation mode, without dropout."""
     losses = [(model(**batch.to(model.device)).loss.item(), len(batch["labels"])) for batch in rows]
     return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
 
