@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import os
 import platform
+import resource
 import signal
 import sys
 import time
@@ -403,6 +404,7 @@ def run_training(run: Run) -> dict:
             "seconds": {"train": timer.seconds, "evaluate": evaluating, "total": total},
             "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "device": device,
+            "peak_memory": peak_memory(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "commit": git_commit(),
             "files": run_dir.list_files(new),
@@ -457,6 +459,14 @@ def device_of(args: TrainingArguments) -> dict:
         "name": torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held: of the GPU if it used one, else of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else 1024 * held  # getrusage(2): bytes there, kilobytes on Linux
 
 
 def run_or_reuse(run: Run, wait: bool = True) -> tuple[dict, bool]:
