@@ -18,6 +18,7 @@ import data_prep
 import features
 import models
 import paper
+import protocol
 import run_dir
 import unpad
 from config import RunConfig
@@ -107,7 +108,10 @@ def finished_rates(output_dir: Path) -> dict[tuple, float]:
 
 
 def timed_rate(run: RunConfig, row_tokens: float) -> float:
-    """Seconds of a token's pass: the median of three training steps with random weights, on rows of such length."""
+    """Seconds of a token's pass: the median of three training steps with random weights, on rows of such length.
+
+    A model that is too large for a whole batch has its part of a batch's one step of the optimizer.
+    """
     device, shape = "cuda" if torch.cuda.is_available() else "cpu", shape_of(run.model)
     model = AutoModelForSequenceClassification.from_config(shape, trust_remote_code=False)
     unpad.speed_up_encoder(model, run.pooling, run.no_unpadding or device != "cpu")
@@ -117,13 +121,20 @@ def timed_rate(run: RunConfig, row_tokens: float) -> float:
     lengths = torch.linspace(min(row_tokens, longest) / 2, longest, rows).round().long().clamp(min=2)
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device)
     ids, times = torch.randint_like(mask, shape.vocab_size), []
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for _ in range(4):
         started = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=run.bf16):
             loss = model(input_ids=ids, attention_mask=mask, labels=torch.zeros_like(mask[:, 0])).loss
         loss.backward()
         loss.item()
-        times.append(time.perf_counter() - started)
+        between = time.perf_counter()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), protocol.AFFECTS["max_grad_norm"])
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for a GPU
+        whole_batch = (time.perf_counter() - between) * rows / run.per_device_train_batch_size
+        times.append(between - started + whole_batch)
     return statistics.median(times[1:]) / (3 * int(mask.sum()))
 
 

@@ -196,7 +196,9 @@ def list_runs(runs: list[RunConfig], layout: executors.WorkerLayout) -> None:
     print(*notes, sep="\n", end="\n" if notes else "")
     print(f"{len(runs)} runs: {len(runs) - len(missing)} are there, {len(missing)} to do")
     if missing:
-        print(f"{cost.predict(missing, layout.processes, layout.threads)} with {layout}")
+        held = max(map(cost.memory, missing)) / 1e9
+        predicted = cost.predict(missing, layout.processes, layout.threads)
+        print(f"{predicted} with {layout}, each of which holds {held:.1f} GB at most")
 
 
 def find_missing(runs: list[RunConfig]) -> tuple[list[Run], list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Tables A to E, beyond the paper: by method, by place, by tuning, layer by layer, by order; and recovery step by step.
+"""Tables A to F, beyond the paper: by method, place, tuning, depth, order, length of training; and recovery by step.
 
 Functions of frames; used by aggregate.py and report.py. Each table has the cells of those models and data sets that
 have something that only it shows. docs/lab.md defines it all.
@@ -14,6 +14,7 @@ from paper import dataset_title, model_title
 from tables import as_text, in_order
 
 SAME = ["model", "variant", "pooling", "dataset"]  # what the cells share that are compared
+AMOUNTS = {"epochs": "epochs", "train": "rows"}  # of training: the column, and its unit in words
 
 
 def has(cells: pd.DataFrame, mask: pd.Series, *by: str) -> pd.Series:
@@ -63,8 +64,7 @@ def by_tuning(cells: pd.DataFrame) -> pd.DataFrame:
     other = ~cells["tuning"].isin(["full", "probe", "probe_converged"])
     cells = cells[has(cells, other, "side", "percent") | (cells["side"].eq("none") & has(cells, other))]
     trained = cells["trained"].groupby([cells[name] for name in (*SAME, "tuning")]).transform("max")
-    degree = as_text(cells["percent"], "{:g}% ") + cells["side"].where(cells["side"].isin(["bottom", "top"]), "")
-    return cells.assign(trained=as_text(trained, "{:,.0f}"), column=degree.str.strip())
+    return cells.assign(trained=as_text(trained, "{:,.0f}"), column=degree(cells))
 
 
 def by_depth(cells: pd.DataFrame) -> pd.DataFrame:
@@ -83,12 +83,31 @@ def by_order(cells: pd.DataFrame) -> pd.DataFrame:
     return both_sides(cells[shown & cells["parts"].eq("all")])
 
 
+def degree(cells: pd.DataFrame) -> pd.Series:
+    """What is corrupted, as the name of a column."""
+    side = cells["side"].where(cells["side"].isin(["bottom", "top"]), "")
+    return (as_text(cells["percent"], "{:g}% ") + side).str.strip()
+
+
+def by_training(cells: pd.DataFrame) -> pd.DataFrame:
+    """Table F: more rows or more epochs, where runs differ in nothing else."""
+    cells = plain(cells[cells["tuning"] == "full"])
+    others = [
+        [part for part in of.split(", ") if not part.startswith(("num_train_epochs=", "train_size="))]
+        for of in cells["variant"]
+    ]
+    cells = cells.assign(variant=[", ".join(parts) for parts in others], column=degree(cells), rows=cells["train"])
+    amount = as_text(cells["train"], "{} ") + as_text(cells["epochs"], "{}")
+    return cells[amount.groupby([cells[name] for name in SAME]).transform("nunique") > 1]
+
+
 LAB_TABLES = {  # caption, the columns of its rows, its cells
     "A": ("by method of corruption", ["corruption", "method", "change bottom", "change top"], by_method),
     "B": ("by corrupted place and part", ["method", "place"], by_place),
     "C": ("by what trains", ["tuning", "trained"], by_tuning),
     "D": ("by number of corrupted layers", ["layers"], by_depth),
     "E": ("corrupted before, or after, fine-tuning", ["corruption", "method", "order"], by_order),
+    "F": ("by rows and epochs of training", ["rows", "epochs"], by_training),
 }
 
 
@@ -129,21 +148,42 @@ AGAINST = {
 }
 
 
+def shrinking_losses(cells: pd.DataFrame, by_seed: pd.DataFrame) -> list[tuple]:
+    """Table F's pairs for `differences`: what a corruption costs, against its cost with the fewest epochs, and rows."""
+    corrupted, same = cells[cells["side"] != "none"].reset_index(names="cell"), [*SAME, *AMOUNTS]
+    uncorrupted = cells[cells["side"] == "none"].reset_index(names="whole")[[*same, "whole"]]
+    corrupted, pairs = corrupted.merge(uncorrupted, on=same), []
+    for amount, unit in AMOUNTS.items():
+        same = [*SAME, "side", "percent", *AMOUNTS.keys() - {amount}]
+        least = corrupted.loc[corrupted.groupby(same)[amount].idxmin(), [*same, amount, "cell", "whole"]]
+        for pair in corrupted.merge(least, on=same, suffixes=("", "_least")).to_dict("records"):
+            loss, loss_least = (by_seed[pair[f"cell{end}"]] - by_seed[pair[f"whole{end}"]] for end in ("", "_least"))
+            if pair["cell"] != pair["cell_least"]:
+                against = f"its loss with {pair[f'{amount}_least']:,} {unit}"
+                pairs.append(("F", pair["cell"], against, loss - loss_least))
+    return pairs
+
+
 def differences(chosen: dict[str, pd.DataFrame], cells: pd.DataFrame, runs: pd.DataFrame, cell: list) -> pd.DataFrame:
-    """A row for each cell of Tables A to C, and E: how far its F1 is from that of `AGAINST`, by paired seeds.
+    """A row for each cell of Tables A to C, and E: how far its F1 is from that of `AGAINST`, by paired seeds. Table F:
+    how far its distance from the uncorrupted cell is from that with the fewest epochs, and with the fewest rows.
 
     As for a claim: the mean, its 95 % t interval, p, and p corrected by Holm within its table. `runs` are those of
     `stats.fixed_rate`.
     """
-    by_seed, rows, on = stats.f1_by_seed(cells, runs, cell), [], [*SAME, "side", "percent", "tuning"]
+    by_seed, pairs, on = stats.f1_by_seed(cells, runs, cell), [], [*SAME, "side", "percent", "tuning"]
     reference = plain(cells)[on].reset_index(names="other")
     for table, (against, change) in AGAINST.items():
         asked = cells.loc[chosen[table].index.unique()] if table in chosen else cells[:0]
         for pair in asked.reset_index(names="cell").assign(**change).merge(reference, on=on).itertuples():
             if pair.cell != pair.other:
-                judged = stats.judge_seeds(by_seed[pair.cell] - by_seed[pair.other])
-                judged["verdict"] = {"holds": "higher", "fails": "lower"}.get(judged["verdict"], judged["verdict"])
-                rows.append({"table": table, **cells.loc[pair.cell, [*cell, "place"]], "against": against} | judged)
+                pairs.append((table, pair.cell, against, by_seed[pair.cell] - by_seed[pair.other]))
+    pairs += shrinking_losses(chosen["F"], by_seed) if "F" in chosen else []
+    rows = []
+    for table, of, against, apart in pairs:
+        judged = stats.judge_seeds(apart)
+        judged["verdict"] = {"holds": "higher", "fails": "lower"}.get(judged["verdict"], judged["verdict"])
+        rows.append({"table": table, **cells.loc[of, [*cell, "place"]], "against": against} | judged)
     frame = pd.DataFrame(rows, columns=["table", *cell, "place", "against", *stats.VERDICT[:8]])
     for _, p in frame["p"].dropna().groupby(frame["table"]):
         frame.loc[p.index, "p_holm"] = multipletests(p, method="holm")[1]

@@ -1,4 +1,4 @@
-"""The figures of Tables A to C: F1 against the size of the change, a map of layers and parts, bars of tunings.
+"""The figures of Tables A to C and F: by size of the change, layers and parts, what trains, epochs and rows.
 
 report.py puts them on the page and into its folder of figures.
 """
@@ -11,9 +11,8 @@ from matplotlib import rc_context
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
-from lab import SAME
-from paper import dataset_title
-from plots import COLOURS, COLUMN, GREY, INK, LINES, MARKERS, STYLE, describe_corruption, describe_model, own_ids, save
+from lab import AMOUNTS, SAME
+from plots import COLOURS, COLUMN, GREY, INK, LINES, MARKERS, STYLE, describe_column, describe_corruption, own_ids, save
 from tables import groups, in_order
 
 PALETTE = (*COLOURS[:-1], INK)  # black would not be seen on a dark page
@@ -22,7 +21,7 @@ PALETTE = (*COLOURS[:-1], INK)  # black would not be seen on a dark page
 def new_panel(cells: pd.DataFrame, width: float, height: float) -> tuple[Figure, object]:
     figure = Figure(figsize=(width, height), layout="constrained")
     panel = figure.subplots()
-    panel.set_title(f"{describe_model(cells.iloc[0])}, {dataset_title(cells['dataset'].iloc[0])}", loc="left")
+    panel.set_title(describe_column(cells), loc="left")
     return figure, panel
 
 
@@ -82,7 +81,36 @@ def draw_tunings(cells: pd.DataFrame) -> Figure:
     return figure
 
 
-DRAWINGS = {"A": (draw_change, "size"), "B": (draw_places, "places"), "C": (draw_tunings, "tunings")}
+def draw_training(cells: pd.DataFrame) -> Figure:
+    """Table F: F1 against the epochs, at the number of rows that has the most of them; and against the rows."""
+    varied = [amount for amount in AMOUNTS if cells[amount].nunique() > 1]
+    figure = Figure(figsize=(COLUMN * (0.5 + 0.5 * len(varied)), 2.4), layout="constrained")
+    panels = figure.subplots(1, len(varied), sharey=True, squeeze=False)[0]
+    panels[0].set_title(describe_column(cells), loc="left")
+    for axes, amount in zip(panels, varied, strict=True):
+        (other,) = AMOUNTS.keys() - {amount}
+        at = cells.groupby(other)[amount].nunique().idxmax()
+        shown = cells[cells[other] == at].sort_values(amount)
+        for (side, percent), rows in groups(shown, "side", "percent"):
+            _, colour, form = LINES[side]
+            looks = {"label": describe_corruption(side, percent), "elinewidth": 0.7, "capsize": 1.5}
+            axes.errorbar(rows[amount], rows["f1"], rows["f1_std"].fillna(0), fmt=form, color=colour, **looks)
+        axes.set_xscale("log")
+        axes.set_xticks(sorted(set(shown[amount])), [f"{n:,}" for n in sorted(set(shown[amount]))])
+        axes.minorticks_off()
+        axes.set_xlabel(f"{AMOUNTS[amount]} ({at:,} {AMOUNTS[other]})")
+        axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.5)
+    panels[0].set_ylabel("weighted F1 (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+DRAWINGS = {
+    "A": (draw_change, "size"),
+    "B": (draw_places, "places"),
+    "C": (draw_tunings, "tunings"),
+    "F": (draw_training, "training"),
+}
 
 
 @rc_context(STYLE)

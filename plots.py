@@ -64,6 +64,11 @@ def describe_model(cell: dict | pd.Series) -> str:
     return f"{model_title(cell['model'])} {cell['variant']}".strip()
 
 
+def describe_column(cells: pd.DataFrame) -> str:
+    """The model and the data set, which the cells share."""
+    return f"{describe_model(cells.iloc[0])}, {dataset_title(cells['dataset'].iloc[0])}"
+
+
 def describe_corruption(side: str, percent: float) -> str:
     known = {"none": "uncorrupted", "all": "100 %", "bottom": f"bottom {percent:g} %", "top": f"top {percent:g} %"}
     return known.get(side, f"layers {side}")
@@ -80,8 +85,7 @@ def make_panels(
     figure = Figure(figsize=(COLUMN, 1.75 * len(of_models) + 0.12 * legend + 0.2), layout="constrained")
     panels = figure.subplots(len(of_models), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for panel, group in zip(panels, of_models, strict=True):
-        first = group.iloc[0]
-        panel.set_title(f"{describe_model(first)}, {dataset_title(first['dataset'])}", loc="left")
+        panel.set_title(describe_column(group), loc="left")
         panel.set_ylabel("weighted F1 (%)")
         panel.set_ylim(*axis)
         panel.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.5)

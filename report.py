@@ -64,7 +64,7 @@ def read(output_dir: Path) -> ResultSet:
     try:
         names = ("results", "cells", "comparisons", "claims")
         runs, cells, comparisons, claims = (read_csv(output_dir / f"{name}.csv") for name in names)
-        lab.plain(cells)  # raises KeyError if they are of an older version
+        lab.lab_cells(cells)  # raises KeyError if they are of an older version
         beyond = read_csv(output_dir / "lab.csv") if (output_dir / "lab.csv").exists() else pd.DataFrame()
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"the tables are not there ({one_line(error)}): {again}") from error

@@ -1,11 +1,12 @@
-"""Tables A to D and lab.csv, from runs made by hand: which cells, in which place, and whether a difference is luck."""
+"""Tables A to D and F, and lab.csv, from runs made by hand: which cells, where, and whether a difference is luck."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from scipy.stats import ttest_rel
-from test_aggregate import BASE, run_main, write_result
+from scipy.stats import ttest_1samp, ttest_rel
+from test_aggregate import BASE, change, run_main, write_result
 
 import report
 import tables
@@ -137,3 +138,29 @@ def test_the_page(lab: Path) -> None:
     kinds = {path.name.split("_")[0] + path.suffix for path in (lab / "figures").glob("table[ABC]_*")}
     assert kinds == {f"table{name}.{kind}" for name in "ABC" for kind in ("png", "pdf")}
     assert "higher" in section and "10.00" in section
+
+
+# Table F. Bottom 50 % loses 20 points with one epoch; 10, 9 and 11 with two; 5 with two epochs of twice the rows.
+def test_more_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = {(1, 10): (20, 20, 20), (2, 10): (10, 9, 11), (2, 20): (5, 5, 5)}
+    for (epochs, rows), points in lost.items():
+        for (seed, whole), loss in zip(F1.items(), points, strict=True):
+            for side, percent, f1 in (("none", 0, whole + 20), ("bottom", 50, whole + 20 - loss)):
+                kept = {"seed": seed, "num_train_epochs": float(epochs), "data_fingerprint": f"{rows}".ljust(64, "0")}
+                folder = write_result(tmp_path, BASE, side, percent, "sst2", f1, halves=[(f1, f1)] * epochs, **kept)
+                data = json.loads((folder / "result.json").read_text())["data"]
+                data["rows"]["train"] = data["request"]["train_size"] = rows
+                change(folder / "result.json", data=data)
+    assert run_main(tmp_path, monkeypatch) == 0
+    f = table(tmp_path, "F")
+    assert list(f) == ["model", "rows", "epochs", "SST-2 0%", "SST-2 50% bottom"]
+    assert f[["rows", "epochs"]].to_numpy().tolist() == [["10", "1"], ["10", "2"], ["20", "2"]]
+    assert f["SST-2 50% bottom"].str[:5].tolist() == ["63.00", "73.00", "78.00"]
+    rows = pd.read_csv(tmp_path / "lab.csv").set_index("against")
+    assert set(rows["table"]) == {"F"} and len(rows) == 2
+    for against, gain in (("its loss with 1 epochs", [10, 11, 9]), ("its loss with 10 rows", [5, 4, 6])):
+        test = ttest_1samp(gain, 0)
+        assert rows.loc[against, "difference"] == pytest.approx(sum(gain) / 3)
+        assert rows.loc[against, "p"] == pytest.approx(test.pvalue) and rows.loc[against, "verdict"] == "higher"
+    report.write(tmp_path, None)
+    assert (tmp_path / "figures" / "tableF_bert-base-uncased_cls_sst2_training.pdf").exists()
