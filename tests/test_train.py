@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from conftest import random_model, run_of
@@ -77,6 +78,8 @@ def test_a_whole_run(flags: list[str], small_data: Path, tmp_path: Path) -> None
     assert result["corruption"]["layers"] == [1] and len(result["corruption"]["tensors"]) == 16
     assert result["settings"]["data_fingerprint"] == data_prep.manifest("rotten_tomatoes", small_data)["fingerprint"]
     assert (result["settings"]["weight_decay"], result["settings"]["max_length"]) == (0.0, 64)
+    held = psutil.Process().memory_info().rss  # bytes, now; a process that trained has held a bit more
+    assert 0.5 * held < result["peak_memory"] < 20 * held
 
 
 # The same command twice gives the same bytes; a third time the result is there; other settings have another place.
