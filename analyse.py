@@ -41,6 +41,7 @@ import train
 import unpad
 from common import USER_ERRORS, InputError, atomic_write, fail, make_parser, one_line, run_script
 from config import NEUTRAL_VALUES, Run, RunConfig
+from prepared_run import load_model, load_rows
 
 POINTS = 21  # of the line between two models
 BATCH = 64
@@ -160,7 +161,7 @@ def analyse(subject: Subject, partner: Subject | None, cache: Path) -> dict[str,
     """The frames of a run, by the name of their file; `summary` has one row. Memory for one run and its partner."""
     run, device = subject.run, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = data_prep.load(run.config.dataset, run.config.data_dir, run.data["fingerprint"])
-    tokens, tokenizer, order, _ = train.load_rows(run, data)
+    tokens, tokenizer, order, _ = load_rows(run, data)
 
     def read_layers(of: Subject, state: str, model: PreTrainedModel) -> datasets.DatasetDict:
         folder = cache / features.key_of({"run": of.result["sha256"], "state": state})
@@ -170,8 +171,8 @@ def analyse(subject: Subject, partner: Subject | None, cache: Path) -> dict[str,
     # before recovery: the corrupted model, drawn again, of the pre-trained one or of the one that was fine-tuned
     fine_tuned = load_file(subject.weights / "before.safetensors") if run.config.corrupt_after else None
     healthy = replace(run, config=run.config.without_corruption())
-    original = fine_tuned or copy_weights(train.load_model(healthy, data)[0])
-    model, manifest = train.load_model(run, data, fine_tuned)
+    original = fine_tuned or copy_weights(load_model(healthy, data)[0])
+    model, manifest = load_model(run, data, fine_tuned)
     if manifest["tensors"] != subject.result["corruption"]["tensors"]:
         raise InputError(f"{run.folder} was corrupted otherwise than this code does: delete it and do the run again")
     corrupted, before = copy_weights(model), read_layers(subject, "before", model)

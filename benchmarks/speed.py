@@ -45,6 +45,7 @@ import executors
 import grid
 import models
 import paper
+import prepared_run
 import resolve
 import run_dir
 import train
@@ -97,11 +98,11 @@ def peak() -> float:
     return 2 * 2048**3 / repeated(lambda: (a @ b)[0, 0].item())
 
 
-def prepare(data: Path | str, **changes: object) -> train.PreparedRun:
+def prepare(data: Path | str, **changes: object) -> prepared_run.PreparedRun:
     """A run that is ready to train and neither evaluates nor saves."""
     with tempfile.TemporaryDirectory() as folder:
         run = resolve.resolve_run(replace(BASE, data_dir=str(data), output_dir=folder, **changes))
-        prepared = train.prepare_run(run, data_prep.load("rotten_tomatoes", data))
+        prepared = prepared_run.prepare_run(run, data_prep.load("rotten_tomatoes", data))
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         setattr(prepared.trainer.args, name, "no")
     prepared.trainer.args.load_best_model_at_end = False
@@ -263,7 +264,7 @@ def probe(data: Path, rounds: int) -> dict:
             for rate in tqdm((1e-5, 2e-5, 5e-5), desc=f"probe, {way}"):
                 wanted = replace(BASE, data_dir=folder, output_dir=f"{folder}/{way}", learning_rate=rate, **changes)
                 rows = data_prep.load("rotten_tomatoes", folder)
-                trainer = train.prepare_run(resolve.resolve_run(wanted), rows).trainer
+                trainer = prepared_run.prepare_run(resolve.resolve_run(wanted), rows).trainer
                 if way == "plain":
                     freeze(trainer.model)
                 with contextlib.redirect_stdout(None):

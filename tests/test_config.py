@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 import common
 import config
 import models
+import prepared_run
 import resolve
 import run_dir
 import train
@@ -130,7 +131,7 @@ def test_the_trainer_gets_what_is_in_the_name(run: Run) -> None:
     ignored = {}
     for name in names:
         try:
-            arguments = train.training_arguments(with_other(run.config, name), Path("unused"), "unused")
+            arguments = prepared_run.training_arguments(with_other(run.config, name), Path("unused"), "unused")
         except InputError:
             continue
         given, got = other(name), getattr(arguments, name)

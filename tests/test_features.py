@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 import data_prep
 import features
+import prepared_run
 import train
 import unpad
 from common import InputError
@@ -45,10 +46,10 @@ def test_probe_equals_the_frozen_run(architecture: str, pooling: str, tmp_path: 
         assert np.abs(before - after).max() > 0.01
         return after
 
-    plain, plain_order, *_ = train.prepare_run(run_of(flags), data)
+    plain, plain_order, *_ = prepared_run.prepare_run(run_of(flags), data)
     whole_model = plain.model_init
     plain.model_init = lambda: frozen(whole_model())
-    probe, order, *_ = train.prepare_run(run_of([*flags, "--tuning", "probe"]), data)
+    probe, order, *_ = prepared_run.prepare_run(run_of([*flags, "--tuning", "probe"]), data)
     assert order.tolist() == plain_order.tolist()
     trained = {name for name, _ in probe.model.named_parameters()}
     assert trained == {name for name, weight in plain.model_init().named_parameters() if weight.requires_grad}
@@ -56,7 +57,7 @@ def test_probe_equals_the_frozen_run(architecture: str, pooling: str, tmp_path: 
 
 
 def key_of(run: Run) -> str:
-    return train.features_folder(run, train.training_arguments(run.config, run.work_dir, run.name)).name
+    return prepared_run.features_folder(run, prepared_run.training_arguments(run.config, run.work_dir, run.name)).name
 
 
 # Other corruption, seed, pooling or data: other features. Another learning rate or more epochs: the same.
@@ -80,14 +81,14 @@ def test_features_of_another_encoder_are_not_used(
     flags = ["--model", str(tiny_bert), "--dataset", "bbc_news", "--data_dir", str(small_data), "--tuning", "probe"]
     flags += ["--output_dir", str(tmp_path)]
     data = data_prep.load("bbc_news", small_data)
-    train.prepare_run(run_of(flags), data)
+    prepared_run.prepare_run(run_of(flags), data)
     (folder,) = (path for path in (tmp_path / "features").iterdir() if path.is_dir())
     run = run_of([*flags, "--corrupt", "bottom", "--frac", "1"])
     folder.rename(folder.with_name(key_of(run)))
-    copied = train.prepare_run(run, data).trainer.train_dataset["inputs_embeds"][:]
+    copied = prepared_run.prepare_run(run, data).trainer.train_dataset["inputs_embeds"][:]
     assert capsys.readouterr().err.count("is not what was written: making it again") == 2
     shutil.rmtree(tmp_path / "features")
-    assert torch.equal(copied, train.prepare_run(run, data).trainer.train_dataset["inputs_embeds"][:])
+    assert torch.equal(copied, prepared_run.prepare_run(run, data).trainer.train_dataset["inputs_embeds"][:])
 
 
 # Sentence pairs keep their segments: 0 up to the first [SEP], 1 after it; the longer one is truncated first.

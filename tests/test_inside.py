@@ -24,6 +24,7 @@ import callbacks
 import config
 import corrupt
 import data_prep
+import prepared_run
 import report
 import run_dir
 import train
@@ -143,7 +144,7 @@ def test_corrupt_after(flags: list[str], small_data: Path, tmp_path: Path) -> No
     epochs = pd.read_csv(whole.folder / "epochs.csv")
     assert result["weighted_f1_before_corruption"] == epochs["weighted_f1"].iloc[-1]
     before = load_file(cut.folder / "states" / "before.safetensors")
-    model, _ = train.load_model(cut, data_prep.load("rotten_tomatoes", small_data), before)
+    model, _ = prepared_run.load_model(cut, data_prep.load("rotten_tomatoes", small_data), before)
     drawn, _ = corrupt.load_corrupted(cut.model_folder, corrupt.Corruption.of(cut.config), 0, num_labels=2)
     for name, values in model.state_dict().items():
         corrupted = name.startswith("bert.encoder.layer.0.")

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-import train
+import prepared_run
 
 
 def scores(predictions: list[int], references: list[int]) -> dict[str, float]:
-    return evaluate.load(str(train.METRIC), keep_in_memory=True).compute(predictions=predictions, references=references)
+    return evaluate.load(str(prepared_run.METRIC), keep_in_memory=True).compute(
+        predictions=predictions, references=references
+    )
 
 
 # Class 0: precision 1/2, recall 1, F1 2/3, weight 1/4. Class 1: 1, 1/3, 1/2, weight 3/4. A class nobody has: no weight.

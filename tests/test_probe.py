@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import data_prep
 import features
+import prepared_run
 import probe
 import run_dir
 import train
@@ -56,7 +57,7 @@ def test_what_is_read(reads: str, tiny_bert: Path, small_data: Path, flags: list
     run = run_of([*flags, *CONVERGED, "--probe_reads", reads, *every])
     result, _ = train.run_or_reuse(run)
     data = data_prep.load("rotten_tomatoes", small_data)
-    prepared = train.prepare_run(run, data).trainer
+    prepared = prepared_run.prepare_run(run, data).trainer
     model, tokenizer = AutoModel.from_pretrained(tiny_bert).eval(), AutoTokenizer.from_pretrained(tiny_bert)
     for row in (0, 5):
         tokens = tokenizer(data["train"]["text"][row], return_tensors="pt", truncation=True, max_length=64)
@@ -74,7 +75,7 @@ def test_what_is_read(reads: str, tiny_bert: Path, small_data: Path, flags: list
     assert result["weighted_f1"] == pytest.approx(f1) and result["in_force"]["optimizer"] is None
     train_x = prepared.train_dataset.with_format("numpy")["layer_2"][:]
     last = probe.fit(train_x, np.array(data["train"]["label"]))
-    order = np.argsort(train.prepare_run(run, data).order)
+    order = np.argsort(prepared_run.prepare_run(run, data).order)
     x = prepared.eval_dataset.with_format("numpy")["layer_2"][:][order]
     assert (last.predict(x.astype(float)) == predictions["epoch_1"]).all()
     assert (run.folder / "layers.csv").exists() == (reads != "pooler")
@@ -153,7 +154,9 @@ def test_each_seed_moves_its_own(flags: list[str], small_data: Path) -> None:
     data = data_prep.load("rotten_tomatoes", small_data)
 
     def parts(*words: str) -> dict:
-        trainer = train.prepare_run(run_of([*flags, "--corrupt", "bottom", "--frac", "1/2", *words]), data).trainer
+        trainer = prepared_run.prepare_run(
+            run_of([*flags, "--corrupt", "bottom", "--frac", "1/2", *words]), data
+        ).trainer
         weights = dict(trainer.model.named_parameters())
         batches = [batch["labels"].tolist() for batch in trainer.get_train_dataloader()]
         layer = weights["bert.encoder.layer.0.attention.self.query.weight"].detach().numpy().tolist()

@@ -23,6 +23,7 @@ import data_prep
 import features
 import models
 import paper
+import prepared_run
 import protocol
 import run_dir
 import stats
@@ -151,7 +152,7 @@ def test_runs_are_paired(flags: list[str], small_data: Path) -> None:
     data = data_prep.load("rotten_tomatoes", small_data)
 
     def head_and_batches(*changes: str) -> tuple[torch.Tensor, list[list[int]]]:
-        trainer = train.prepare_run(run_of([*flags, *changes]), data).trainer
+        trainer = prepared_run.prepare_run(run_of([*flags, *changes]), data).trainer
         batches = [batch["input_ids"][:, :12].tolist() for batch in trainer.get_train_dataloader()]
         return trainer.model.classifier.weight.detach().clone(), batches
 
@@ -171,7 +172,7 @@ def test_seeds_share_no_epoch(flags: list[str], small_data: Path) -> None:
     epochs = []
     for seed in ("0", "1"):
         run = run_of([*flags, "--seed", seed])
-        loader = train.prepare_run(run, data).trainer.get_train_dataloader()
+        loader = prepared_run.prepare_run(run, data).trainer.get_train_dataloader()
         for epoch in range(3):
             loader.set_epoch(epoch)
             epochs.append(str([batch["input_ids"][:, :8].tolist() for batch in loader]))
@@ -284,15 +285,15 @@ def test_settings_in_force(flags: list[str], small_data: Path, monkeypatch: pyte
     assert expected.items() <= result["in_force"].items()
     assert [group["weight_decay"] for group in result["in_force"]["groups"]] == [0.5, 0.0]
     data = data_prep.load("rotten_tomatoes", small_data)
-    trainer = train.prepare_run(run_of(flags), data).trainer
+    trainer = prepared_run.prepare_run(run_of(flags), data).trainer
     for name, value in (("bf16", True), ("label_smoothing_factor", 0.5), ("tf32", True)):
         with monkeypatch.context() as patch, pytest.raises(InputError, match=r"in force, and .* by the flags"):
             patch.setattr(trainer.args, name, value)
-            train.in_force(trainer)
+            prepared_run.in_force(trainer)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setattr(protocol, "check_environment", lambda: None)
     with pytest.raises(InputError, match="mixed_precision is bf16 in force, and no by the flags"):
-        train.prepare_run(run_of(flags), data)
+        prepared_run.prepare_run(run_of(flags), data)
 
 
 # Label smoothing does the same in one batch of 32 and in four parts of 8, and does something.
@@ -438,7 +439,7 @@ def test_accumulated_parts_equal_the_whole_batch(flags: list[str], small_data: P
     data, losses = data_prep.load("rotten_tomatoes", small_data), []
     for rows, parts in ((36, 1), (9, 4)):
         batch = ["--per_device_train_batch_size", str(rows), "--gradient_accumulation_steps", str(parts)]
-        trainer = train.prepare_run(run_of([*flags, *model, *batch]), data).trainer
+        trainer = prepared_run.prepare_run(run_of([*flags, *model, *batch]), data).trainer
         trainer.train()
         log = trainer.state.log_history
         assert trainer.state.global_step == 6
