@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 
@@ -61,16 +62,21 @@ def count_rows(dataset: str, data_dir: str) -> tuple[int, int]:
 
 
 @lru_cache
-def count_tokens(dataset: str, data_dir: str, max_length: int) -> tuple[int, int]:
-    """Of train and test, without padding, as minilm's tokenizer (BERT's own) counts them; of a set that is not prepared
-    at most: `max_length` for each row."""
+def row_lengths(dataset: str, data_dir: str, max_length: int) -> tuple[list[int], list[int]]:
+    """The tokens of each row of train and test, without padding, as minilm's tokenizer (BERT's own) counts them; of a
+    set that is not prepared at most: `max_length` for each row."""
     if not (prepared := data_prep.up_to_date(dataset, data_dir)):
-        return tuple(count * max_length for count in count_rows(dataset, data_dir))
-    tokenizer, counts = models.load_tokenizer(models.find_model("minilm")[0]), []
+        return tuple([max_length] * count for count in count_rows(dataset, data_dir))
+    tokenizer, lengths = models.load_tokenizer(models.find_model("minilm")[0]), []
     for part in data_prep.load(prepared["dataset"], data_dir).values():
         texts = [list(part[column]) for column in features.TEXTS if column in part.column_names]
-        counts.append(sum(min(len(ids), max_length) for ids in tokenizer(*texts, verbose=False)["input_ids"]))
-    return tuple(counts)
+        lengths.append([min(len(ids), max_length) for ids in tokenizer(*texts, verbose=False)["input_ids"]])
+    return tuple(lengths)
+
+
+def count_tokens(dataset: str, data_dir: str, max_length: int) -> tuple[int, int]:
+    """Of train and test, as `row_lengths` has them."""
+    return tuple(map(sum, row_lengths(dataset, data_dir, max_length)))
 
 
 def passes(run: RunConfig, counts: tuple[int, int]) -> float:
@@ -107,8 +113,9 @@ def finished_rates(output_dir: Path) -> dict[tuple, float]:
     return {kind: statistics.median(of_kind) for kind, of_kind in rates.items()}
 
 
-def timed_rate(run: RunConfig, row_tokens: float) -> float:
-    """Seconds of a token's pass: the median of three training steps with random weights, on rows of such length.
+def timed_rate(run: RunConfig, lengths: list[int]) -> float:
+    """Seconds of a token's pass: the median of three training steps with random weights, on a batch whose rows are as
+    long as such rows are: padding costs what it will.
 
     A model that is too large for a whole batch has its part of a batch's one step of the optimizer.
     """
@@ -117,9 +124,9 @@ def timed_rate(run: RunConfig, row_tokens: float) -> float:
     unpad.speed_up_encoder(model, run.pooling, run.no_unpadding or device != "cpu")
     model.train().to(device)
     rows = math.ceil(run.per_device_train_batch_size * min(1, 1e8 / encoder_weights(run.model)))
-    longest = min(run.max_length, 1.5 * row_tokens, getattr(shape, "max_position_embeddings", 514) - 2)
-    lengths = torch.linspace(min(row_tokens, longest) / 2, longest, rows).round().long().clamp(min=2)
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device)
+    longest = min(run.max_length, getattr(shape, "max_position_embeddings", 514) - 2)
+    batch = np.quantile(lengths, (np.arange(rows) + 0.5) / rows).round().clip(2, longest)
+    mask = (torch.arange(int(batch.max())) < torch.tensor(batch)[:, None]).long().to(device)
     ids, times = torch.randint_like(mask, shape.vocab_size), []
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for _ in range(4):
@@ -145,8 +152,8 @@ def predict(runs: list[RunConfig], processes: int, threads: int) -> str:
 
     def time_steps(run: RunConfig) -> float:
         if (run.model, run.bf16) not in timed:
-            tokens, rows = tokens_of(run), count_rows(run.dataset, run.data_dir)
-            timed[run.model, run.bf16] = timed_rate(run, sum(tokens) / sum(rows))
+            train, _ = row_lengths(run.dataset, run.data_dir, run.max_length)
+            timed[run.model, run.bf16] = timed_rate(run, train)
         return timed[run.model, run.bf16]
 
     def rate(run: RunConfig) -> float:

@@ -84,7 +84,7 @@ def test_speed_of_finished_runs(rte: RunConfig) -> None:
 # What has not been run is timed. In bf16 half of that if steps take half as long, a fifth if runs did.
 def test_prediction(rte: RunConfig, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finish(rte, "a", 1 + 680 * 0.001)
-    monkeypatch.setattr(cost, "timed_rate", lambda run, row_tokens: 0.004 if run.bf16 else 0.008)
+    monkeypatch.setattr(cost, "timed_rate", lambda run, lengths: 0.004 if run.bf16 else 0.008)
     threads = torch.get_num_threads()
     assert cost.predict([replace(rte, seed=seed) for seed in range(3)], 2, threads) == (
         "to do: 14.87 million tokens forward (a step counts three times), 3.2e+14 floating-point operations in the "
@@ -105,5 +105,5 @@ def test_steps_are_timed(rte: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Non
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     shape = BertConfig(vocab_size=10, max_position_embeddings=20, **sizes)
     monkeypatch.setattr(cost, "shape_of", lambda model: shape)
-    for row_tokens in (4.0, 64.0):
-        assert cost.timed_rate(rte, row_tokens) > 0
+    for lengths in ([4], [4, 64]):
+        assert cost.timed_rate(rte, lengths) > 0

@@ -96,7 +96,7 @@ def test_grid(
     assert f"{mydata} is not prepared" in listed and sorted(tmp_path.rglob("*")) == before
     assert cost.count_rows(*place) == (40, 20) and cost.count_tokens(*place, 64) == (40 * 64, 20 * 64)
     assert "2 runs: 0 are there, 2 to do" in output_of() and "2 runs: 2 are there, 0 to do" in output_of("--dry_run")
-    cost.count_tokens.cache_clear()
+    cost.row_lengths.cache_clear()
     assert cost.count_tokens(*place, 64) == (40 * 4, 20 * 4)  # [CLS] film 7 [SEP]
 
     monkeypatch.setattr(sys, "argv", ["aggregate.py", "--output_dir", str(tmp_path / "outputs")])
