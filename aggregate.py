@@ -117,6 +117,7 @@ def result_row(result: dict) -> dict:
     row |= {"trained": None if trained is None else int(trained)}
     row |= {"f1": 100 * result["weighted_f1"], "accuracy": 100 * result["accuracy"]}
     row |= {name: result[name] for name in ("best_epoch", "epochs", "commit")}
+    row |= {"num_train_epochs": float(settings["num_train_epochs"])}
     row |= {"seconds": round(result["seconds"]["total"], 1), "device": result["device"]["name"]}
     row |= {"peak_memory_gb": round(result.get("peak_memory", np.nan) / 1e9, 2)}
     row |= {name: result["versions"][name] for name in ("torch", "transformers")}
@@ -175,7 +176,7 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
     columns = ["f1", "f1_std", "recovery", "cross_fitted", "selection_bias", "seeds"]
     columns += ["learning_rate", "learning_rates_tried", "lr_at_grid_edge"]
     columns += ["collapsed", "collapsed_share", "constant_f1", "floor", "words", "layers", "place"]
-    columns += ["relative_change", "trained", "train", "epochs", "runs"]
+    columns += ["relative_change", "trained", "train", "num_train_epochs", "runs"]
     return cells[["table", *CELL, *columns]]
 
 

@@ -114,10 +114,10 @@ def finished_rates(output_dir: Path) -> dict[tuple, float]:
 
 
 def timed_rate(run: RunConfig, lengths: list[int]) -> float:
-    """Seconds of a token's pass: the median of three training steps with random weights, on a batch whose rows are as
-    long as such rows are: padding costs what it will.
+    """Seconds of a token's pass: the median of three training steps with random weights.
 
-    A model that is too large for a whole batch has its part of a batch's one step of the optimizer.
+    The rows of a step are as long as those of the data set, so that padding is counted. Of a large model only a part of
+    a batch is timed, and with it that part of the optimizer's step. Of a probe the head alone has one.
     """
     device, shape = "cuda" if torch.cuda.is_available() else "cpu", shape_of(run.model)
     model = AutoModelForSequenceClassification.from_config(shape, trust_remote_code=False)
@@ -128,7 +128,10 @@ def timed_rate(run: RunConfig, lengths: list[int]) -> float:
     batch = np.quantile(lengths, (np.arange(rows) + 0.5) / rows).round().clip(2, longest)
     mask = (torch.arange(int(batch.max())) < torch.tensor(batch)[:, None]).long().to(device)
     ids, times = torch.randint_like(mask, shape.vocab_size), []
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    batch_size = run.per_device_train_batch_size * run.trainer.get("gradient_accumulation_steps", 1)
+    weights = [*model.parameters()]
+    trained = weights[-2:] if run.tuning.startswith("probe") else weights  # the head comes last
+    optimizer = torch.optim.AdamW(trained, fused=True)
     for _ in range(4):
         started = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=run.bf16):
@@ -136,12 +139,12 @@ def timed_rate(run: RunConfig, lengths: list[int]) -> float:
         loss.backward()
         loss.item()
         between = time.perf_counter()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), protocol.AFFECTS["max_grad_norm"])
+        torch.nn.utils.clip_grad_norm_(trained, protocol.AFFECTS["max_grad_norm"])
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.item()  # waits for a GPU
-        whole_batch = (time.perf_counter() - between) * rows / run.per_device_train_batch_size
-        times.append(between - started + whole_batch)
+        step_share = (time.perf_counter() - between) * rows / batch_size
+        times.append(between - started + step_share)
     return statistics.median(times[1:]) / (3 * int(mask.sum()))
 
 
@@ -151,10 +154,11 @@ def predict(runs: list[RunConfig], processes: int, threads: int) -> str:
     torch.set_num_threads(threads)
 
     def time_steps(run: RunConfig) -> float:
-        if (run.model, run.bf16) not in timed:
+        kind = run.model, run.bf16, run.dataset, run.tuning.startswith("probe")
+        if kind not in timed:
             train, _ = row_lengths(run.dataset, run.data_dir, run.max_length)
-            timed[run.model, run.bf16] = timed_rate(run, train)
-        return timed[run.model, run.bf16]
+            timed[kind] = timed_rate(run, train)
+        return timed[kind]
 
     def rate(run: RunConfig) -> float:
         """Of finished runs; of finished runs in the other precision, times the ratio of the two; or of steps alone."""

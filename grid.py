@@ -198,7 +198,7 @@ def list_runs(runs: list[RunConfig], layout: executors.WorkerLayout) -> None:
     if missing:
         held = max(map(cost.memory, missing)) / 1e9
         predicted = cost.predict(missing, layout.processes, layout.threads)
-        print(f"{predicted} with {layout}, each of which holds {held:.1f} GB at most")
+        print(f"{predicted} with {layout}; a run needs {held:.1f} GB of memory at most")
 
 
 def find_missing(runs: list[RunConfig]) -> tuple[list[Run], list[str], list[str]]:

@@ -14,7 +14,7 @@ from paper import dataset_title, model_title
 from tables import as_text, in_order
 
 SAME = ["model", "variant", "pooling", "dataset"]  # what the cells share that are compared
-AMOUNTS = {"epochs": "epochs", "train": "rows"}  # of training: the column, and its unit in words
+AMOUNTS = {"num_train_epochs": "epochs", "train": "rows"}  # of training: the column, and its unit in words
 
 
 def has(cells: pd.DataFrame, mask: pd.Series, *by: str) -> pd.Series:
@@ -96,9 +96,11 @@ def by_training(cells: pd.DataFrame) -> pd.DataFrame:
         [part for part in of.split(", ") if not part.startswith(("num_train_epochs=", "train_size="))]
         for of in cells["variant"]
     ]
-    cells = cells.assign(variant=[", ".join(parts) for parts in others], column=degree(cells), rows=cells["train"])
-    amount = as_text(cells["train"], "{} ") + as_text(cells["epochs"], "{}")
-    return cells[amount.groupby([cells[name] for name in SAME]).transform("nunique") > 1]
+    amounts = {unit: as_text(cells[name], "{:g}") for name, unit in AMOUNTS.items()}
+    cells = cells.assign(variant=[", ".join(parts) for parts in others], column=degree(cells), **amounts)
+    amount, by = cells["rows"] + " " + cells["epochs"], [cells[name] for name in SAME]
+    unclear = amount.groupby([*by, cells["column"], amount]).transform("size") > 1  # what else differs is not known
+    return cells[(amount.groupby(by).transform("nunique") > 1) & ~unclear.groupby(by).transform("any")]
 
 
 LAB_TABLES = {  # caption, the columns of its rows, its cells
@@ -148,8 +150,9 @@ AGAINST = {
 }
 
 
-def shrinking_losses(cells: pd.DataFrame, by_seed: pd.DataFrame) -> list[tuple]:
-    """Table F's pairs for `differences`: what a corruption costs, against its cost with the fewest epochs, and rows."""
+def by_more_training(cells: pd.DataFrame, by_seed: pd.DataFrame) -> list[tuple]:
+    """Table F's pairs for `differences`: how far a cell is from the uncorrupted one with as much training, against how
+    far it is with the fewest epochs, and with the fewest rows."""
     corrupted, same = cells[cells["side"] != "none"].reset_index(names="cell"), [*SAME, *AMOUNTS]
     uncorrupted = cells[cells["side"] == "none"].reset_index(names="whole")[[*same, "whole"]]
     corrupted, pairs = corrupted.merge(uncorrupted, on=same), []
@@ -157,16 +160,16 @@ def shrinking_losses(cells: pd.DataFrame, by_seed: pd.DataFrame) -> list[tuple]:
         same = [*SAME, "side", "percent", *AMOUNTS.keys() - {amount}]
         least = corrupted.loc[corrupted.groupby(same)[amount].idxmin(), [*same, amount, "cell", "whole"]]
         for pair in corrupted.merge(least, on=same, suffixes=("", "_least")).to_dict("records"):
-            loss, loss_least = (by_seed[pair[f"cell{end}"]] - by_seed[pair[f"whole{end}"]] for end in ("", "_least"))
+            far, far_least = (by_seed[pair[f"cell{end}"]] - by_seed[pair[f"whole{end}"]] for end in ("", "_least"))
             if pair["cell"] != pair["cell_least"]:
-                against = f"its loss with {pair[f'{amount}_least']:,} {unit}"
-                pairs.append(("F", pair["cell"], against, loss - loss_least))
+                against = f"the same with {unit} = {pair[f'{amount}_least']:g}, both minus the uncorrupted"
+                pairs.append(("F", pair["cell"], against, far - far_least))
     return pairs
 
 
 def differences(chosen: dict[str, pd.DataFrame], cells: pd.DataFrame, runs: pd.DataFrame, cell: list) -> pd.DataFrame:
-    """A row for each cell of Tables A to C, and E: how far its F1 is from that of `AGAINST`, by paired seeds. Table F:
-    how far its distance from the uncorrupted cell is from that with the fewest epochs, and with the fewest rows.
+    """A row for each cell of Tables A to C, and E: how far its F1 is from that of `AGAINST`, by paired seeds; and for
+    those of Table F, `by_more_training`.
 
     As for a claim: the mean, its 95 % t interval, p, and p corrected by Holm within its table. `runs` are those of
     `stats.fixed_rate`.
@@ -178,7 +181,7 @@ def differences(chosen: dict[str, pd.DataFrame], cells: pd.DataFrame, runs: pd.D
         for pair in asked.reset_index(names="cell").assign(**change).merge(reference, on=on).itertuples():
             if pair.cell != pair.other:
                 pairs.append((table, pair.cell, against, by_seed[pair.cell] - by_seed[pair.other]))
-    pairs += shrinking_losses(chosen["F"], by_seed) if "F" in chosen else []
+    pairs += by_more_training(chosen["F"], by_seed) if "F" in chosen else []
     rows = []
     for table, of, against, apart in pairs:
         judged = stats.judge_seeds(apart)

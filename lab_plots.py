@@ -87,21 +87,24 @@ def draw_training(cells: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(COLUMN * (0.5 + 0.5 * len(varied)), 2.4), layout="constrained")
     panels = figure.subplots(1, len(varied), sharey=True, squeeze=False)[0]
     panels[0].set_title(describe_column(cells), loc="left")
+    lines = {}
     for axes, amount in zip(panels, varied, strict=True):
         (other,) = AMOUNTS.keys() - {amount}
         at = cells.groupby(other)[amount].nunique().idxmax()
         shown = cells[cells[other] == at].sort_values(amount)
         for (side, percent), rows in groups(shown, "side", "percent"):
             _, colour, form = LINES[side]
-            looks = {"label": describe_corruption(side, percent), "elinewidth": 0.7, "capsize": 1.5}
-            axes.errorbar(rows[amount], rows["f1"], rows["f1_std"].fillna(0), fmt=form, color=colour, **looks)
+            looks = {"alpha": 0.35 + 0.65 * percent / 100 if side != "none" else 1, "elinewidth": 0.7, "capsize": 1.5}
+            std = rows["f1_std"].fillna(0)
+            label = describe_corruption(side, percent)
+            lines[label] = axes.errorbar(rows[amount], rows["f1"], std, fmt=form, color=colour, label=label, **looks)
         axes.set_xscale("log")
-        axes.set_xticks(sorted(set(shown[amount])), [f"{n:,}" for n in sorted(set(shown[amount]))])
+        axes.set_xticks(sorted(set(shown[amount])), [f"{n:,g}" for n in sorted(set(shown[amount]))])
         axes.minorticks_off()
-        axes.set_xlabel(f"{AMOUNTS[amount]} ({at:,} {AMOUNTS[other]})")
+        axes.set_xlabel(f"{AMOUNTS[amount]} ({at:,g} {AMOUNTS[other]})")
         axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.5)
     panels[0].set_ylabel("weighted F1 (%)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(handles=[*lines.values()], loc="outside lower center", ncols=4)
     return figure
 
 

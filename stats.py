@@ -128,7 +128,7 @@ def pick_learning_rate(runs: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
         "relative_change": ("relative_change", "mean"),
         "trained": ("trained", "max"),
         "train": ("train", "first"),
-        "epochs": ("epochs", "first"),
+        "num_train_epochs": ("num_train_epochs", "first"),
     }
     columns |= {"collapsed": ("collapsed", "any"), "collapsed_share": ("collapsed", "mean"), "runs": ("run", " ".join)}
     by_rate = runs.groupby([*cell, "learning_rate"]).agg(**columns).reset_index()

@@ -187,7 +187,7 @@ def run_training(run: Run) -> dict:
             "seconds": {"train": timer.seconds, "evaluate": evaluating, "total": total},
             "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "device": device,
-            "peak_memory": peak_memory(),
+            "peak_memory": peak_memory(device["type"]),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "commit": git_commit(),
             "files": run_dir.list_files(new),
@@ -236,9 +236,9 @@ def out_of_memory(run: Run, args: TrainingArguments) -> str:
     return f"out of memory with {rows} rows of up to {run.config.max_length} tokens at a time: give {advice}"
 
 
-def peak_memory() -> int:
-    """The most bytes that this process has held: of the GPU if it used one, else of the machine's memory."""
-    if torch.cuda.is_available():
+def peak_memory(device_type: str) -> int:
+    """The most bytes that this process has held; on a GPU the most that its tensors took there."""
+    if device_type == "cuda":
         return torch.cuda.max_memory_allocated()
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held if sys.platform == "darwin" else 1024 * held  # getrusage(2): bytes there, kilobytes on Linux
