@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,13 +80,17 @@ def count_tokens(dataset: str, data_dir: str, max_length: int) -> tuple[int, int
     return tuple(map(sum, row_lengths(dataset, data_dir, max_length)))
 
 
+def epochs_of(run: RunConfig) -> tuple[float, int]:
+    """How many epochs a run has, and the steps of each."""
+    steps = math.ceil(count_rows(run.dataset, run.data_dir)[0] / run.per_device_train_batch_size)
+    return run.max_steps / steps if run.max_steps > 0 else run.num_train_epochs, steps
+
+
 def passes(run: RunConfig, counts: tuple[int, int]) -> float:
     """How many rows or tokens go through the encoder, of `counts` in train and test; a step counts three times, for
     backward too. A probe reads each once; that its learning rates share this is not counted. --corrupt_after trains
     twice, --eval_at reads test once more for each step."""
-    train, test = counts
-    steps = math.ceil(count_rows(run.dataset, run.data_dir)[0] / run.per_device_train_batch_size)
-    epochs = run.max_steps / steps if run.max_steps > 0 else run.num_train_epochs
+    (train, test), (epochs, steps) = counts, epochs_of(run)
     more = sum(step <= epochs * steps for step in run.eval_at) * test
     whole = (1 + run.corrupt_after) * (3 * epochs * train + math.ceil(epochs) * test)
     return (train + test if run.tuning.startswith("probe") else whole) + more
@@ -113,25 +118,27 @@ def finished_rates(output_dir: Path) -> dict[tuple, float]:
     return {kind: statistics.median(of_kind) for kind, of_kind in rates.items()}
 
 
-def timed_rate(run: RunConfig, lengths: list[int]) -> float:
-    """Seconds of a token's pass: the median of three training steps with random weights.
+class StepTime(NamedTuple):
+    """What a training step takes, in seconds."""
 
-    The rows of a step are as long as those of the data set, so that padding is counted. Of a large model only a part of
-    a batch is timed, and with it that part of the optimizer's step. Of a probe the head alone has one.
-    """
+    token: float  # a pass of one token, of padding too if the model pads
+    pads: bool
+    optimizer: float  # its step, whatever the batch
+
+
+def time_step(run: RunConfig) -> StepTime:
+    """The median of three training steps with random weights; of a large model on a part of a batch."""
     device, shape = "cuda" if torch.cuda.is_available() else "cpu", shape_of(run.model)
     model = AutoModelForSequenceClassification.from_config(shape, trust_remote_code=False)
-    unpad.speed_up_encoder(model, run.pooling, run.no_unpadding or device != "cpu")
+    unpadded = unpad.speed_up_encoder(model, run.pooling, run.no_unpadding or device != "cpu")
     model.train().to(device)
     rows = math.ceil(run.per_device_train_batch_size * min(1, 1e8 / encoder_weights(run.model)))
     longest = min(run.max_length, getattr(shape, "max_position_embeddings", 514) - 2)
-    batch = np.quantile(lengths, (np.arange(rows) + 0.5) / rows).round().clip(2, longest)
-    mask = (torch.arange(int(batch.max())) < torch.tensor(batch)[:, None]).long().to(device)
-    ids, times = torch.randint_like(mask, shape.vocab_size), []
-    batch_size = run.per_device_train_batch_size * run.trainer.get("gradient_accumulation_steps", 1)
-    weights = [*model.parameters()]
-    trained = weights[-2:] if run.tuning.startswith("probe") else weights  # the head comes last
-    optimizer = torch.optim.AdamW(trained, fused=True)
+    lengths = np.quantile(row_lengths(run.dataset, run.data_dir, run.max_length)[0], (np.arange(rows) + 0.5) / rows)
+    lengths = torch.from_numpy(lengths.round().clip(2, longest))
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device)
+    ids, computed = torch.randint_like(mask, shape.vocab_size), int(mask.sum()) if unpadded else mask.numel()
+    optimizer, times = torch.optim.AdamW(model.parameters(), fused=True), []
     for _ in range(4):
         started = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=run.bf16):
@@ -139,13 +146,26 @@ def timed_rate(run: RunConfig, lengths: list[int]) -> float:
         loss.backward()
         loss.item()
         between = time.perf_counter()
-        torch.nn.utils.clip_grad_norm_(trained, protocol.AFFECTS["max_grad_norm"])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), protocol.AFFECTS["max_grad_norm"])
         optimizer.step()
-        model.zero_grad()
+        optimizer.zero_grad()
         loss.item()  # waits for a GPU
-        step_share = (time.perf_counter() - between) * rows / batch_size
-        times.append(between - started + step_share)
-    return statistics.median(times[1:]) / (3 * int(mask.sum()))
+        times.append((between - started, time.perf_counter() - between))
+    both_passes, step = np.median(times[1:], axis=0)
+    return StepTime(both_passes / (3 * computed), not unpadded, step)
+
+
+def rate_of(run: RunConfig, took: StepTime) -> float:
+    """Seconds of a real token's pass in this run, with its share of padding and of the optimizer's steps. A probe's
+    encoder has neither: its rows are read by length, and the head alone trains."""
+    if run.tuning.startswith("probe"):
+        return took.token
+    lengths = np.random.default_rng(0).permutation(row_lengths(run.dataset, run.data_dir, run.max_length)[0])
+    batches = np.split(lengths, range(run.per_device_train_batch_size, len(lengths), run.per_device_train_batch_size))
+    padded = sum(len(batch) * batch.max() for batch in batches) / lengths.sum() if took.pads else 1
+    epochs, steps = epochs_of(run)
+    steps *= (1 + run.corrupt_after) * epochs / run.trainer.get("gradient_accumulation_steps", 1)
+    return took.token * padded + took.optimizer * steps / passes(run, tokens_of(run))
 
 
 def predict(runs: list[RunConfig], processes: int, threads: int) -> str:
@@ -154,11 +174,9 @@ def predict(runs: list[RunConfig], processes: int, threads: int) -> str:
     torch.set_num_threads(threads)
 
     def time_steps(run: RunConfig) -> float:
-        kind = run.model, run.bf16, run.dataset, run.tuning.startswith("probe")
-        if kind not in timed:
-            train, _ = row_lengths(run.dataset, run.data_dir, run.max_length)
-            timed[kind] = timed_rate(run, train)
-        return timed[kind]
+        if (run.model, run.bf16) not in timed:
+            timed[run.model, run.bf16] = time_step(run)
+        return rate_of(run, timed[run.model, run.bf16])
 
     def rate(run: RunConfig) -> float:
         """Of finished runs; of finished runs in the other precision, times the ratio of the two; or of steps alone."""

@@ -1,6 +1,7 @@
 """What a grid costs: counted by hand, and the prediction's parts against sums by hand."""
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_speed_of_finished_runs(rte: RunConfig) -> None:
 # What has not been run is timed. In bf16 half of that if steps take half as long, a fifth if runs did.
 def test_prediction(rte: RunConfig, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finish(rte, "a", 1 + 680 * 0.001)
-    monkeypatch.setattr(cost, "timed_rate", lambda run, lengths: 0.004 if run.bf16 else 0.008)
+    monkeypatch.setattr(cost, "time_step", lambda run: cost.StepTime(0.004 if run.bf16 else 0.008, False, 0.0))
     threads = torch.get_num_threads()
     assert cost.predict([replace(rte, seed=seed) for seed in range(3)], 2, threads) == (
         "to do: 14.87 million tokens forward (a step counts three times), 3.2e+14 floating-point operations in the "
@@ -105,5 +106,18 @@ def test_steps_are_timed(rte: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Non
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     shape = BertConfig(vocab_size=10, max_position_embeddings=20, **sizes)
     monkeypatch.setattr(cost, "shape_of", lambda model: shape)
-    for lengths in ([4], [4, 64]):
-        assert cost.timed_rate(rte, lengths) > 0
+    took = cost.time_step(rte)
+    assert took.token > 0 and took.optimizer > 0 and not took.pads
+
+
+# 0.01 s for a token, 0.6 for a step of the optimizer. A batch of 4, 2, 2 and 2 tokens: 16 with padding, 10 without. Two
+# epochs of one step: 2 (3 x 10 + 5) = 70 passes; two runs in one with --corrupt_after. A probe has neither.
+def test_padding_and_the_optimizer(rte: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "row_lengths", lambda *_: ([4, 2, 2, 2], [5]))
+    monkeypatch.setattr(cost, "count_rows", lambda *_: (4, 1))
+    run, took = replace(rte, num_train_epochs=2.0, per_device_train_batch_size=4), cost.StepTime(0.01, True, 0.6)
+    assert cost.rate_of(run, took) == pytest.approx(0.01 * 1.6 + 0.6 * 2 / 70)
+    twice = replace(run, corrupt="bottom", frac=Fraction(1, 2), corrupt_after=True)
+    assert cost.rate_of(twice, took) == pytest.approx(0.01 * 1.6 + 0.6 * 4 / 140)
+    assert cost.rate_of(run, took._replace(pads=False)) == pytest.approx(0.01 + 0.6 * 2 / 70)
+    assert cost.rate_of(replace(run, tuning="probe"), took) == 0.01
