@@ -131,8 +131,8 @@ def result_row(result: dict) -> dict:
 
 def other_settings(result: dict) -> dict[str, str]:
     """A run's settings as JSON, beside those of RUN; what its result lacks has the value that it was made with."""
-    request = result["data"]["request"]
-    prepared = {"train_size": request["train_size"], "test_size": request["test_size"], "split_seed": request["seed"]}
+    rows, split_seed = result["data"]["rows"], result["data"]["request"]["seed"]
+    prepared = {"train_size": rows["train"], "test_size": rows["test"], "split_seed": split_seed}
     settings = NEUTRAL_VALUES | prepared | result["settings"]
     own = {*RUN, *OF_CORRUPTION, "frac"}
     return {name: json.dumps(value).strip('"') for name, value in settings.items() if name not in own}

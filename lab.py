@@ -96,11 +96,10 @@ def by_training(cells: pd.DataFrame) -> pd.DataFrame:
         [part for part in of.split(", ") if not part.startswith(("num_train_epochs=", "train_size="))]
         for of in cells["variant"]
     ]
-    amounts = {unit: as_text(cells[name], "{:g}") for name, unit in AMOUNTS.items()}
+    amounts = {unit: as_text(cells[name], "{:.12g}") for name, unit in AMOUNTS.items()}
     cells = cells.assign(variant=[", ".join(parts) for parts in others], column=degree(cells), **amounts)
     amount, by = cells["rows"] + " " + cells["epochs"], [cells[name] for name in SAME]
-    unclear = amount.groupby([*by, cells["column"], amount]).transform("size") > 1  # what else differs is not known
-    return cells[(amount.groupby(by).transform("nunique") > 1) & ~unclear.groupby(by).transform("any")]
+    return cells[amount.groupby(by).transform("nunique") > 1]
 
 
 LAB_TABLES = {  # caption, the columns of its rows, its cells
