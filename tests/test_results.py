@@ -1,4 +1,4 @@
-"""docs/results: its CSVs are what aggregate.py makes, today, of the runs in its archives."""
+"""docs/results: its CSVs and tables are what aggregate.py makes, today, of the runs in its archives."""
 
 import shutil
 from pathlib import Path
@@ -18,8 +18,10 @@ def test_the_archives_give_the_tables(folder: str, tmp_path: Path, monkeypatch: 
     for runs in tmp_path.rglob("runs"):
         monkeypatch.setattr("sys.argv", ["aggregate.py", "--output_dir", str(runs.parent), *RATES.get(folder, [])])
         aggregate.main()
-        compared = 0
-        for path in (RESULTS / folder / runs.parent.relative_to(tmp_path)).glob("*.csv"):
+        kept_in, compared = RESULTS / folder / runs.parent.relative_to(tmp_path), 0
+        for path in kept_in.glob("table*.md"):
+            assert path.read_text(encoding="utf-8") == (runs.parent / path.name).read_text(encoding="utf-8")
+        for path in kept_in.glob("*.csv"):
             if not path.name.startswith("inside_"):  # analyse.py's
                 kept, made = pd.read_csv(path), pd.read_csv(runs.parent / path.name)
                 if "source" in kept:  # without the paper's own, which are the same everywhere
