@@ -18,6 +18,7 @@ another version of this code did, is named on stderr and left out; the exit code
 import json
 import sys
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ import stats
 from common import InputError, atomic_write, make_parser, one_line, run_script
 from config import FIELDS, NEUTRAL_VALUES, OF_CORRUPTION, RunConfig, exact
 from paper import CLAIMS, LAYERS, TABLES, TEST_ROWS, published_cells, table_of
-from tables import as_text, count_missing, groups, latex, markdown, paper_table, plain_latex, plain_markdown
+from tables import as_text, count_missing, groups, latex, markdown, name_apart, paper_table, plain_latex, plain_markdown
 
 CELL = ["model", "variant", "method", "parts", "order", "side", "percent", "dataset", "pooling", "tuning"]
 RUN = [*CELL, "learning_rate", "seed"]
@@ -76,6 +77,8 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
             epochs, by_epoch, by_step = run_dir.read_evidence(folder, result)
             best = by_epoch[f"epoch_{epochs['weighted_f1'].idxmax() + 1}"]
             frame = by_epoch.filter(["row", "label", "group"]).assign(prediction=best)
+            test_rows = pd.util.hash_pandas_object(frame.drop(columns="prediction"), index=False).to_numpy().tobytes()
+            other |= {"test_rows": sha256(test_rows).hexdigest()}
             row |= {"f1_last": 100 * epochs["weighted_f1"].iloc[-1]}
             row |= stats.picked_on_halves(epochs) | stats.collapse_stats(frame) | {"run": run}
             data = {"dataset": row["dataset"], "fingerprint": row["data_fingerprint"]}
@@ -90,7 +93,10 @@ def read_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], 
         advice = f"{output_dir}/runs holds no result: run bash run_all.sh, or python train.py, first"
         raise InputError("\n".join([*problems, advice]))
     runs = pd.DataFrame(rows.values(), index=list(rows))
-    runs.insert(1, "variant", variants(runs, pd.DataFrame(others.values(), index=list(others)).fillna("null")))
+    others = pd.DataFrame(others.values(), index=list(others)).fillna("null")
+    apart = others[others.columns[others.nunique() > 1]]
+    runs.insert(1, "variant", variants(runs, apart.drop(columns="test_rows", errors="ignore")))
+    runs["settings"] = [json.dumps(values) for values in apart.to_dict("records")]
     table2 = pd.concat([sets[key] for key in sorted(sets)])
     return runs.sort_values([*RUN, "run"], ignore_index=True), predictions, pd.concat(steps), table2, problems
 
@@ -117,7 +123,8 @@ def result_row(result: dict) -> dict:
     row |= {"trained": None if trained is None else int(trained)}
     row |= {"f1": 100 * result["weighted_f1"], "accuracy": 100 * result["accuracy"]}
     row |= {name: result[name] for name in ("best_epoch", "epochs", "commit")}
-    row |= {"num_train_epochs": float(settings["num_train_epochs"])}
+    epochs = float(settings["num_train_epochs"]) if settings["max_steps"] < 0 else np.nan  # then steps count
+    row |= {"num_train_epochs": epochs}
     row |= {"seconds": round(result["seconds"]["total"], 1), "device": result["device"]["name"]}
     row |= {"peak_memory_gb": round(result.get("peak_memory", np.nan) / 1e9, 2)}
     row |= {name: result["versions"][name] for name in ("torch", "transformers")}
@@ -139,20 +146,9 @@ def other_settings(result: dict) -> dict[str, str]:
 
 
 def variants(runs: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
-    """What sets a run apart from others of its cell, beside learning rate and seed; one name for all data sets.
-
-    A setting that differs between the runs of one data set is named for all of the model's runs with that pooling and
-    tuning. Of several versions of a data set that no setting tells apart, the one with the most runs is not named.
-    """
-    by, dataset = [runs[name] for name in ("model", "pooling", "tuning")], runs["dataset"]
-    variant, data = pd.Series("", index=runs.index), others.pop("data_fingerprint")
-    for name in others.columns[others.nunique() > 1]:
-        differs = others[name].groupby([*by, dataset]).transform("nunique").gt(1).groupby(by).transform("any")
-        text = others[name].str[:8] if name == "model_fingerprint" else others[name]
-        variant += (f", {name}=" + text).where(differs, "")
-    most = data.groupby([*by, dataset, variant]).transform(lambda versions: versions.mode()[0])
-    variant += (", data_fingerprint=" + data.str[:8]).where(data != most, "")
-    variant = variant.str.removeprefix(", ")
+    """What sets a run apart from others of its model, pooling and tuning, beside learning rate and seed."""
+    by = [runs[name] for name in ("model", "pooling", "tuning")]
+    variant = name_apart(others, by, runs["dataset"])
     for of_model, kinds in variant.groupby(by):
         if kinds.nunique() > 1:
             names = " | ".join(name or "the others" for name in sorted(set(kinds)))
@@ -176,7 +172,7 @@ def make_cells(runs: pd.DataFrame) -> pd.DataFrame:
     columns = ["f1", "f1_std", "recovery", "cross_fitted", "selection_bias", "seeds"]
     columns += ["learning_rate", "learning_rates_tried", "lr_at_grid_edge"]
     columns += ["collapsed", "collapsed_share", "constant_f1", "floor", "words", "layers", "place"]
-    columns += ["relative_change", "trained", "train", "num_train_epochs", "runs"]
+    columns += ["relative_change", "trained", "train", "num_train_epochs", "settings", "runs"]
     return cells[["table", *CELL, *columns]]
 
 

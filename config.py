@@ -162,12 +162,9 @@ class RunConfig:
             raise InputError("--resume keeps neither --eval_at's evaluations nor --corrupt_after's model: leave it out")
         if not 0 < self.layer_decay <= 1:
             raise InputError(f"--layer_decay {self.layer_decay} is not above 0 and at most 1")
-        for tuning, names in {"lora": ("lora_rank", "lora_alpha"), "llrd": ("layer_decay",)}.items():
-            for name in names:
-                if tuning != self.tuning and getattr(self, name) != FIELDS[name].default:
-                    raise InputError(f"--{name} is of --tuning {tuning}: leave it out")
-        if self.tuning != "probe_converged" and (self.probe_reads, self.probe_layers) != ("cls", "last"):
-            raise InputError("--probe_reads and --probe_layers are of --tuning probe_converged: leave them out")
+        for name, tuning in OF_TUNING.items():
+            if tuning != self.tuning and getattr(self, name) != FIELDS[name].default:
+                raise InputError(f"--{name} is of --tuning {tuning}: leave it out")
         if (self.probe_reads, self.probe_layers) == ("pooler", "all"):
             raise InputError(
                 "--probe_layers all needs --probe_reads cls or mean: the pooler reads the last layer alone"
@@ -226,6 +223,8 @@ class RunConfig:
 
 
 FIELDS = {f.name: f for f in fields(RunConfig) if f.name != "trainer"}
+OF_TUNING = {"lora_rank": "lora", "lora_alpha": "lora", "layer_decay": "llrd"}  # fields that one tuning alone has
+OF_TUNING |= dict.fromkeys(("probe_reads", "probe_layers"), "probe_converged")
 OF_CORRUPTION = ("parts", "method", "severity", "corrupt_after")  # say nothing where nothing is corrupted
 FOUND = ("model", "corrupt", "frac", "layers", "dataset")  # stand in the settings as they were found, with fingerprints
 NEUTRAL_VALUES = {name: f.default for name, f in FIELDS.items() if f.metadata["affects"] and name not in FOUND}

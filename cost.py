@@ -81,8 +81,9 @@ def count_tokens(dataset: str, data_dir: str, max_length: int) -> tuple[int, int
 
 
 def epochs_of(run: RunConfig) -> tuple[float, int]:
-    """How many epochs a run has, and the steps of each."""
-    steps = math.ceil(count_rows(run.dataset, run.data_dir)[0] / run.per_device_train_batch_size)
+    """How many epochs a run has, and the optimizer's steps of each."""
+    batches = math.ceil(count_rows(run.dataset, run.data_dir)[0] / run.per_device_train_batch_size)
+    steps = math.ceil(batches / run.trainer.get("gradient_accumulation_steps", 1))
     return run.max_steps / steps if run.max_steps > 0 else run.num_train_epochs, steps
 
 
@@ -108,7 +109,8 @@ def finished_rates(output_dir: Path) -> dict[tuple, float]:
         try:
             result = run_dir.read_result(path.parent)
             s, (train, test) = result["settings"], result["data"]["tokens"].values()
-            read = train + test if s["tuning"].startswith("probe") else result["epochs"] * (3 * train + test)
+            whole = 3 * s["num_train_epochs"] * train + result["epochs"] * test  # evaluated after each, and at the end
+            read = train + test if s["tuning"].startswith("probe") else whole
             read = (1 + s["corrupt_after"]) * read + len(result.get("steps", ())) * test
             if s["max_steps"] < 0:
                 seconds = max(0.1, result["seconds"]["total"] - RUN_SECONDS)
@@ -164,7 +166,7 @@ def rate_of(run: RunConfig, took: StepTime) -> float:
     batches = np.split(lengths, range(run.per_device_train_batch_size, len(lengths), run.per_device_train_batch_size))
     padded = sum(len(batch) * batch.max() for batch in batches) / lengths.sum() if took.pads else 1
     epochs, steps = epochs_of(run)
-    steps *= (1 + run.corrupt_after) * epochs / run.trainer.get("gradient_accumulation_steps", 1)
+    steps *= (1 + run.corrupt_after) * epochs
     return took.token * padded + took.optimizer * steps / passes(run, tokens_of(run))
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from aggregate import CELL, read_csv
 from lab_plots import PALETTE
 from paper import dataset_title
-from plots import COLUMN, GREY, LINES, STYLE, describe_corruption, describe_model, own_ids, save
+from plots import COLUMN, GREY, LINES, STYLE, describe_corruption, describe_model, file_stem, own_ids, save
 from tables import groups
 
 KINDS = ("similarity", "barrier", "distance", "layers")  # inside_<kind>.csv, and summary
@@ -132,7 +132,7 @@ def draw_inside(frames: dict[str, pd.DataFrame], folder: Path) -> list[dict]:
     figures = []
     for kind in (kind for kind in frames if kind != "cells"):
         for key, rows in groups(frames[kind], *FIGURE):
-            stem = f"inside_{'_'.join(filter(None, key))}_{kind}".replace("/", "--").replace(" ", "-")
+            stem = file_stem("inside", *key, kind)
             frame = add_panels(kind, rows)
             figure = draw_similarity(frame) if kind == "similarity" else draw_lines(kind, frame)
             svg = own_ids(save(figure, folder / stem), f"i{len(figures)}-")

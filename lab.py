@@ -4,17 +4,37 @@ Functions of frames; used by aggregate.py and report.py. Each table has the cell
 have something that only it shows. docs/lab.md defines it all.
 """
 
+import json
+
 import numpy as np
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
 import stats
-from config import SIDES
+from config import OF_TUNING, SIDES
 from paper import dataset_title, model_title
-from tables import as_text, in_order
+from tables import as_text, in_order, name_apart
 
-SAME = ["model", "variant", "pooling", "dataset"]  # what the cells share that are compared
+SAME = ["model", "same", "pooling", "dataset"]  # what the cells share that are compared; `same_but` makes `same`
 AMOUNTS = {"num_train_epochs": "epochs", "train": "rows"}  # of training: the column, and its unit in words
+
+
+VARIED = {  # settings that a table's cells may differ in; what data_fingerprint says, test_rows need not say again
+    **dict.fromkeys("ABDE", ("test_rows",)),
+    "C": ("test_rows", *OF_TUNING),
+    "F": ("num_train_epochs", "train_size", "data_fingerprint"),
+}
+
+
+def read_settings(column: pd.Series) -> pd.DataFrame:
+    """Settings in JSON, a row for each cell, as columns."""
+    return pd.DataFrame([json.loads(text) for text in column], index=column.index)
+
+
+def same_but(cells: pd.DataFrame, varied: tuple[str, ...]) -> pd.DataFrame:
+    """With a column `same`: of the settings in which runs of the folder differ, all that are not `varied`."""
+    settings = read_settings(cells["settings"]).drop(columns=[*varied], errors="ignore")
+    return cells.assign(same=[json.dumps(of) for of in settings.to_dict("records")])
 
 
 def has(cells: pd.DataFrame, mask: pd.Series, *by: str) -> pd.Series:
@@ -26,7 +46,7 @@ def both_sides(cells: pd.DataFrame) -> pd.DataFrame:
     """0 % and 100 %, which have no side, once for bottom and once for top; `column` is the side."""
     across = cells["side"].isin(["none", "all"])
     sides = [cells[across].assign(column=side) for side in ("bottom", "top")]
-    return pd.concat([cells[~across].assign(column=cells["side"]), *sides])
+    return pd.concat([cells[~across].assign(column=lambda of: of["side"]), *sides])
 
 
 def plain(cells: pd.DataFrame) -> pd.DataFrame:
@@ -42,7 +62,7 @@ def by_method(cells: pd.DataFrame) -> pd.DataFrame:
     cells = cells[has(cells, other, "percent") | (uncorrupted & has(cells, other))]
     by = [cells[name] for name in (*SAME, "percent", "method")]
     for side in ("bottom", "top"):
-        change = cells["relative_change"].where(cells["side"] == side).groupby(by).transform("max")
+        change = cells["relative_change"].where(cells["side"].isin([side, "all"])).groupby(by).transform("max")
         cells = cells.assign(**{f"change {side}": as_text(change, "{:.3f}")})
     method = cells["method"].mask(cells["side"] == "none", "uncorrupted")
     return both_sides(cells.assign(method=method, corruption=as_text(cells["percent"], "{:g}%")))
@@ -63,8 +83,11 @@ def by_tuning(cells: pd.DataFrame) -> pd.DataFrame:
     cells = plain(cells)
     other = ~cells["tuning"].isin(["full", "probe", "probe_converged"])
     cells = cells[has(cells, other, "side", "percent") | (cells["side"].eq("none") & has(cells, other))]
+    own = read_settings(cells["settings"]).filter([*OF_TUNING])
+    own = name_apart(own, [cells[name] for name in ("model", "pooling", "tuning")], cells["dataset"])
+    cells = cells.assign(tuning=cells["tuning"] + (" (" + own + ")").where(own != "", ""), column=degree(cells))
     trained = cells["trained"].groupby([cells[name] for name in (*SAME, "tuning")]).transform("max")
-    return cells.assign(trained=as_text(trained, "{:,.0f}"), column=degree(cells))
+    return cells.assign(trained=as_text(trained, "{:,.0f}"))
 
 
 def by_depth(cells: pd.DataFrame) -> pd.DataFrame:
@@ -77,7 +100,8 @@ def by_depth(cells: pd.DataFrame) -> pd.DataFrame:
 def by_order(cells: pd.DataFrame) -> pd.DataFrame:
     """Table E: corrupted before fine-tuning, as in the paper, and after it, where it is then fine-tuned once more."""
     after, uncorrupted = cells["order"] == "after", cells["side"] == "none"
-    shown = has(cells, after, "method", "parts", "side", "percent", "tuning") | (uncorrupted & has(cells, after))
+    shown = has(cells, after, "method", "parts", "side", "percent", "tuning")
+    shown |= uncorrupted & has(cells, after, "tuning")
     method = cells["method"].mask(uncorrupted, "uncorrupted")
     cells = cells.assign(method=method, corruption=as_text(cells["percent"], "{:g}%"))
     return both_sides(cells[shown & cells["parts"].eq("all")])
@@ -90,14 +114,15 @@ def degree(cells: pd.DataFrame) -> pd.Series:
 
 
 def by_training(cells: pd.DataFrame) -> pd.DataFrame:
-    """Table F: more rows or more epochs, where runs differ in nothing else."""
-    cells = plain(cells[cells["tuning"] == "full"])
-    others = [
-        [part for part in of.split(", ") if not part.startswith(("num_train_epochs=", "train_size="))]
-        for of in cells["variant"]
-    ]
+    """Table F: more rows or more epochs, where runs differ in nothing else; of the versions of a data set with as many
+    rows the others than most cells have are sets of their own."""
+    cells = plain(cells[cells["tuning"] == "full"]).dropna(subset=[*AMOUNTS])
+    version = read_settings(cells["settings"]).reindex(columns=["data_fingerprint"], fill_value="").squeeze(axis=1)
+    most = version.groupby([cells[name] for name in (*SAME, "train")]).transform(lambda of: of.mode()[0])
+    same = read_settings(cells["same"]).assign(data_fingerprint=version.mask(version == most, ""))
     amounts = {unit: as_text(cells[name], "{:.12g}") for name, unit in AMOUNTS.items()}
-    cells = cells.assign(variant=[", ".join(parts) for parts in others], column=degree(cells), **amounts)
+    same = [json.dumps(of) for of in same.to_dict("records")]
+    cells = cells.assign(same=same, column=degree(cells), **amounts)
     amount, by = cells["rows"] + " " + cells["epochs"], [cells[name] for name in SAME]
     return cells[amount.groupby(by).transform("nunique") > 1]
 
@@ -113,10 +138,16 @@ LAB_TABLES = {  # caption, the columns of its rows, its cells
 
 
 def lab_cells(cells: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The cells of each lab table that has any, with the columns of its rows, and `column`."""
-    before = cells[cells["order"] == "before"]
-    chosen = {name: select(cells if name == "E" else before) for name, (_, _, select) in LAB_TABLES.items()}
-    return {name: frame for name, frame in chosen.items() if len(frame)}
+    """The cells of each lab table that has any, with the columns of its rows, and `column`; `variant` says what sets
+    them apart in that table."""
+    before, chosen = cells[cells["order"] == "before"], {}
+    for name, (_, _, select) in LAB_TABLES.items():
+        shown = select(same_but(cells if name == "E" else before, VARIED[name]))
+        if len(shown):
+            once = shown[~shown.index.duplicated()]
+            apart = name_apart(read_settings(once["same"]), [once["model"], once["pooling"]], once["dataset"])
+            chosen[name] = shown.assign(variant=shown.index.map(apart))
+    return chosen
 
 
 def in_no_table(cells: pd.DataFrame, chosen: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -134,18 +165,19 @@ def lab_table(name: str, cells: pd.DataFrame) -> pd.DataFrame:
     for axis in (0, 1):
         wide = wide.sort_index(axis=axis, key=lambda names: names.map(in_order(names).index))
     table = wide.set_axis([f"{dataset_title(dataset)} {column}" for dataset, column in wide], axis=1).reset_index()
-    table["model"] = [f"{model_title(m)} {v}".strip() for m, v in zip(table["model"], table["variant"], strict=True)]
+    several = table["pooling"].nunique() > 1
+    names = zip(table["model"].map(model_title), table["pooling"], table["variant"], strict=True)
+    table["model"] = [" ".join(filter(None, (model, of * several, variant))) for model, of, variant in names]
     return table.drop(columns=["variant", "pooling"])
 
 
 # ---- Whether differences are more than luck ----
 
-# What each cell is compared with: the cell of the paper's kind that is as it is, but for this
-AGAINST = {
-    "A": ("reinit", {}),
-    "B": ("uncorrupted", {"side": "none", "percent": 0.0}),
+AGAINST = {  # what each cell is compared with: the cell that is as it is, but for this
+    "A": ("reinit", {"method": "reinit"}),
+    "B": ("uncorrupted", {"method": "reinit", "parts": "all", "side": "none", "percent": 0.0}),
     "C": ("full", {"tuning": "full"}),
-    "E": ("corrupted before", {}),
+    "E": ("corrupted before", {"order": "before"}),
 }
 
 
@@ -161,8 +193,8 @@ def by_more_training(cells: pd.DataFrame, by_seed: pd.DataFrame) -> list[tuple]:
         for pair in corrupted.merge(least, on=same, suffixes=("", "_least")).to_dict("records"):
             far, far_least = (by_seed[pair[f"cell{end}"]] - by_seed[pair[f"whole{end}"]] for end in ("", "_least"))
             if pair["cell"] != pair["cell_least"]:
-                against = f"the same with {unit} = {pair[f'{amount}_least']:g}, both minus the uncorrupted"
-                pairs.append(("F", pair["cell"], against, far - far_least))
+                against = f"the same with {unit} = {pair[f'{amount}_least']:.12g}, both minus the uncorrupted"
+                pairs.append(("F", pair["cell"], pair["cell_least"], against, far - far_least))
     return pairs
 
 
@@ -171,18 +203,21 @@ def differences(chosen: dict[str, pd.DataFrame], cells: pd.DataFrame, runs: pd.D
     those of Table F, `by_more_training`.
 
     As for a claim: the mean, its 95 % t interval, p, and p corrected by Holm within its table. `runs` are those of
-    `stats.fixed_rate`.
+    `stats.fixed_rate`; `against` names the other cell's learning rate where it is another.
     """
-    by_seed, pairs, on = stats.f1_by_seed(cells, runs, cell), [], [*SAME, "side", "percent", "tuning"]
-    reference = plain(cells)[on].reset_index(names="other")
-    for table, (against, change) in AGAINST.items():
-        asked = cells.loc[chosen[table].index.unique()] if table in chosen else cells[:0]
-        for pair in asked.reset_index(names="cell").assign(**change).merge(reference, on=on).itertuples():
+    by_seed, pairs = stats.f1_by_seed(cells, runs, cell), []
+    on = [*SAME, "method", "parts", "side", "percent", "tuning", "order"]
+    for table in [name for name in AGAINST if name in chosen]:
+        (against, change), alike = AGAINST[table], same_but(cells, VARIED[table])
+        asked = alike.loc[chosen[table].index.unique()].reset_index(names="cell").assign(**change)
+        for pair in asked.merge(alike[on].reset_index(names="other"), on=on).itertuples():
             if pair.cell != pair.other:
-                pairs.append((table, pair.cell, against, by_seed[pair.cell] - by_seed[pair.other]))
+                pairs.append((table, pair.cell, pair.other, against, by_seed[pair.cell] - by_seed[pair.other]))
     pairs += by_more_training(chosen["F"], by_seed) if "F" in chosen else []
-    rows = []
-    for table, of, against, apart in pairs:
+    rates = cells[cell].merge(runs[[*cell, "learning_rate"]].drop_duplicates(cell), how="left")["learning_rate"]
+    rates, rows = rates.set_axis(cells.index), []
+    for table, of, other, against, apart in pairs:
+        against += f", at {rates[other]:g}" if rates[[of, other]].nunique() == 2 else ""
         judged = stats.judge_seeds(apart)
         judged["verdict"] = {"holds": "higher", "fails": "lower"}.get(judged["verdict"], judged["verdict"])
         rows.append({"table": table, **cells.loc[of, [*cell, "place"]], "against": against} | judged)
@@ -201,7 +236,7 @@ def recovery_curves(runs: pd.DataFrame, steps: pd.DataFrame, cell: list[str]) ->
     `runs` are those of `stats.fixed_rate`; `uncorrupted` is the mean F1 of the uncorrupted model's last epoch over the
     same seeds, missing if it lacks one of them. A step that not all of the cell's runs have is left out.
     """
-    same = [*SAME, "tuning", "learning_rate", "seed"]
+    same = ["model", "variant", "pooling", "dataset", "tuning", "learning_rate", "seed"]
     uncorrupted = runs.loc[runs["side"] == "none", [*same, "f1_last"]].rename(columns={"f1_last": "uncorrupted"})
     whole = steps.merge(runs.merge(uncorrupted, how="left", on=same).drop(columns="f1"), on="run")
     mean = {name: (name, "mean") for name in ("f1", "floor", "words")} | {"seeds": ("seed", "nunique")}

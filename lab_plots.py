@@ -11,8 +11,21 @@ from matplotlib import rc_context
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
-from lab import AMOUNTS, SAME
-from plots import COLOURS, COLUMN, GREY, INK, LINES, MARKERS, STYLE, describe_column, describe_corruption, own_ids, save
+from lab import AMOUNTS
+from plots import (
+    COLOURS,
+    COLUMN,
+    GREY,
+    INK,
+    LINES,
+    MARKERS,
+    STYLE,
+    describe_column,
+    describe_corruption,
+    file_stem,
+    own_ids,
+    save,
+)
 from tables import groups, in_order
 
 PALETTE = (*COLOURS[:-1], INK)  # black would not be seen on a dark page
@@ -99,9 +112,9 @@ def draw_training(cells: pd.DataFrame) -> Figure:
             label = describe_corruption(side, percent)
             lines[label] = axes.errorbar(rows[amount], rows["f1"], std, fmt=form, color=colour, label=label, **looks)
         axes.set_xscale("log")
-        axes.set_xticks(sorted(set(shown[amount])), [f"{n:,g}" for n in sorted(set(shown[amount]))])
+        axes.set_xticks(sorted(set(shown[amount])), [f"{n:,.12g}" for n in sorted(set(shown[amount]))])
         axes.minorticks_off()
-        axes.set_xlabel(f"{AMOUNTS[amount]} ({at:,g} {AMOUNTS[other]})")
+        axes.set_xlabel(f"{AMOUNTS[amount]} ({at:,.12g} {AMOUNTS[other]})")
         axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.5)
     panels[0].set_ylabel("weighted F1 (%)")
     figure.legend(handles=[*lines.values()], loc="outside lower center", ncols=4)
@@ -122,10 +135,10 @@ def draw_lab(chosen: dict[str, pd.DataFrame], folder: Path) -> dict[str, list[di
     figures: dict[str, list[dict]] = {}
     for name in DRAWINGS.keys() & chosen.keys():
         draw, kind = DRAWINGS[name]
-        for key, cells in groups(chosen[name], *SAME, *["method"] * (name == "B")):
+        for key, cells in groups(chosen[name], "model", "variant", "pooling", "dataset", *["method"] * (name == "B")):
             if set(cells["side"]) == {"none"}:
                 continue  # a method of other tables alone
-            stem = f"table{name}_{'_'.join(filter(None, key))}_{kind}".replace("/", "--").replace(" ", "-")
+            stem = file_stem(f"table{name}", *key, kind)
             drawn = figures.setdefault(name, [])
             svg = own_ids(save(draw(cells), folder / stem), f"{name}{len(drawn)}-")
             drawn.append({"table": name, "dataset": cells["dataset"].iloc[0], "stem": stem, "svg": svg})

@@ -19,6 +19,7 @@ t-SNE neither the size of a cluster nor the distance between two means anything:
 
 import re
 from contextlib import ExitStack
+from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 
@@ -184,6 +185,13 @@ def draw_forest(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def file_stem(*words: str) -> str:
+    """The words as a file's name, without its ending; with a digest where a sign had to give way, or letters."""
+    name = "_".join(filter(None, words)).replace("/", "--")
+    stem = re.sub(r"[^\w@.,=+-]", "-", name)[:150]
+    return stem if stem == name else f"{stem}_{sha256(name.encode()).hexdigest()[:8]}"
+
+
 def save(figure: Figure, path: Path) -> str:
     """Write the figure as path.png and path.pdf; returns it as SVG, in the colours of the page."""
     figure.draw_without_rendering()
@@ -219,7 +227,7 @@ def draw_all(both: pd.DataFrame, epochs: dict[str, pd.DataFrame], name: str, fol
         axis = axes[dataset]
         figures_of_set = {"fraction": draw_fraction(cells, name, axis), "epochs": draw_epochs(cells, epochs, axis)}
         for kind, figure in figures_of_set.items():
-            stem = f"table{table}_{dataset}_{kind}"
+            stem = file_stem(f"table{table}", dataset, kind)
             svg = save(figure, folder / stem)
             svg = own_ids(svg, f"f{len(figures)}-")
             figures.append({"table": table, "dataset": dataset, "kind": kind, "stem": stem, "svg": svg})
@@ -366,7 +374,7 @@ def write_figure_1(output_dir: Path, choice: dict[str, object], again: bool = Tr
     figures, numbers_of = {}, {}
     for pair, four in sorted(choose_runs(output_dir, choice).items()):
         degree = [f"{four[1].percent:g}"] if "frac" in choice else []
-        stem = "_".join(["figure1", *pair, *degree]).replace("/", "--")
+        stem = file_stem("figure1", *pair, *degree)
         if not again and is_current(output_dir, stem, {run.run: run.f1 for run in four}):
             continue
         vectors_of = [load_vectors(output_dir / "runs" / run.run) for run in four]

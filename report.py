@@ -32,7 +32,7 @@ from aggregate import missing_lines, other_settings, read_csv, read_failures
 from common import InputError, atomic_write, fail, make_parser, one_line, run_script, sha256_of
 from config import exact
 from paper import CLAIMS, TABLES, dataset_title, model_title, published_cells
-from tables import as_text, count_missing, format_cells, groups, paper_table
+from tables import OF_DATA, as_text, count_missing, format_cells, groups, paper_table
 
 COLUMNS = ["table", "model", "variant", "dataset"]  # a column of a table, for one model
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -126,16 +126,18 @@ def recovered_share(both: pd.DataFrame) -> pd.DataFrame:
             continue
         for side in wide["recovery"]:
             ours, reference = complete["recovery", side].mean(), complete["recovery_reference", side].mean(skipna=False)
-            rows.append((table, percent, side, len(complete), ours, reference))
-    return pd.DataFrame(rows, columns=["table", "percent", "side", "columns", "ours", "reference"])
+            rows.append((table, percent, side, len(complete), ours, reference, tuple(complete.index)))
+    return pd.DataFrame(rows, columns=["table", "percent", "side", "columns", "ours", "reference", "averaged"])
 
 
 def headline(shares: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the first table's degree nearest to one half, and of 100 %; none if no column has both sides."""
+    """The rows of the first table's degree nearest to one half, and of 100 % if it is averaged over the same columns;
+    none if no column has both sides."""
     of_table = shares[shares["table"].isin(shares["table"].head(1))]
     degrees = of_table.loc[of_table["side"] != "all", "percent"]
     nearest = degrees.sort_values(key=lambda percent: abs(percent - 50), kind="stable").head(1)
-    return of_table[of_table["percent"].isin([*nearest, 100 * len(nearest)])]
+    shown = of_table[of_table["percent"].isin([*nearest, 100 * len(nearest)])]
+    return shown[shown["averaged"] == shown["averaged"].iloc[0]] if len(shown) else shown
 
 
 def forest_rows(ours: ResultSet) -> pd.DataFrame:
@@ -226,14 +228,14 @@ def count_settings(ours: ResultSet) -> dict[str, dict[str, int]]:
     """The values of each setting, beside those of the cell, and how many runs have each."""
     rates = ours.runs[["learning_rate", "seed"]].map(exact)
     others = pd.DataFrame([other_settings(result) for result in ours.results.values()]).fillna("null")
-    settings = rates.join(others.drop(columns=["model_fingerprint", "data_fingerprint"]))
+    settings = rates.join(others.drop(columns=["model_fingerprint", *OF_DATA], errors="ignore"))
     return {name: column.value_counts().to_dict() for name, column in settings.items()}
 
 
 def settings_apart(both: tuple[ResultSet, ResultSet]) -> dict[str, tuple[list[str], list[str]]]:
     """What differs between the runs of two output folders, settings, weights and rows, and the values in each."""
     values = [count_settings(one) for one in both]
-    for name, digest in (("model", "model_fingerprint"), ("dataset", "data_fingerprint")):
+    for name, digest in (("model", "model_fingerprint"), ("dataset", "data_fingerprint"), ("dataset", "rows")):
         of_names = [provenance(one).groupby(name)[digest].unique() for one in both]
         for shared in of_names[0].index.intersection(of_names[1].index):
             for its, digests in zip(values, of_names, strict=True):

@@ -129,6 +129,7 @@ def pick_learning_rate(runs: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
         "trained": ("trained", "max"),
         "train": ("train", "first"),
         "num_train_epochs": ("num_train_epochs", "first"),
+        "settings": ("settings", "first"),
     }
     columns |= {"collapsed": ("collapsed", "any"), "collapsed_share": ("collapsed", "mean"), "runs": ("run", " ".join)}
     by_rate = runs.groupby([*cell, "learning_rate"]).agg(**columns).reset_index()
@@ -149,11 +150,13 @@ def fixed_rate(runs: pd.DataFrame, cell: list[str], rates: list[float], pilot_se
     """The runs of each cell at one learning rate that no run among them has chosen.
 
     With `pilot_seeds` it is the rate with the best mean F1 at the last epoch on those seeds, whose runs are then left
-    out. Else it is the one of `rates` that the cell has, or its only one; a cell with several is left out.
+    out, or the cell's only one. Else it is the one of `rates` that the cell has, without `rates` its only one; a cell
+    with several is left out.
     """
     if pilot_seeds:
-        pilot = runs["seed"].isin(pilot_seeds)
-        mean = runs[pilot].groupby([*cell, "learning_rate"])["f1_last"].mean().reset_index()
+        one = runs.groupby(cell)["learning_rate"].transform("nunique") == 1
+        pilot, tried = runs["seed"].isin(pilot_seeds), runs["seed"].isin(pilot_seeds) | one
+        mean = runs[tried].groupby([*cell, "learning_rate"])["f1_last"].mean().reset_index()
         best = mean.sort_values(["f1_last", "learning_rate"], ascending=[False, True]).drop_duplicates(cell)
         return runs[~pilot].merge(best[[*cell, "learning_rate"]])
     runs = runs[runs["learning_rate"].isin(rates)] if rates else runs

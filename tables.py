@@ -27,9 +27,32 @@ def in_order(names: pd.Series | pd.Index) -> list:
 
     def place(name: object) -> tuple:
         words = re.findall(r"\d+(?:\.\d+)?|\D+", f"{name}")
-        return [*known, name].index(name), [(0, float(w), "") if w[0].isdigit() else (1, 0.0, w) for w in words]
+        return [*known, name].index(name), [(0, float(w), "") if w[0].isdecimal() else (1, 0.0, w) for w in words]
 
     return sorted(set(names), key=place)
+
+
+OF_DATA = ("train_size", "test_size", "split_seed", "data_fingerprint", "test_rows")  # a data set has its own
+
+
+def name_apart(settings: pd.DataFrame, by: list[pd.Series], dataset: pd.Series) -> pd.Series:
+    """In words what sets runs, or cells, apart from others of their data set; one name for all data sets.
+
+    `settings` has a column for each setting. One that differs within a data set is named for all that share `by`; what
+    a data set has of its own (OF_DATA) where it is not what most have: of a version, most of those of one size.
+    """
+    name = pd.Series("", index=settings.index)
+    own = [setting for setting in OF_DATA if setting in settings]
+    for setting in [*settings.columns.difference(own, sort=False), *own]:
+        values = settings[setting]
+        text = values.str[:8] if setting.endswith(("_fingerprint", "_rows")) else values
+        if setting in own:
+            sizes = [settings[size] for size in own if size != setting and setting == "data_fingerprint"]
+            differs = values != values.groupby([*by, dataset, *sizes]).transform(lambda of: of.mode()[0])
+        else:
+            differs = values.groupby([*by, dataset]).transform("nunique").gt(1).groupby(by).transform("any")
+        name += (f", {setting}=" + text).where(differs, "")
+    return name.str.removeprefix(", ")
 
 
 def groups(frame: pd.DataFrame, *by: str) -> DataFrameGroupBy:

@@ -279,6 +279,20 @@ def test_one_name_across_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture
     assert names == {"max_length=128", "max_length=32", "max_length=32, data_fingerprint=ffffffff"}
 
 
+# Of the sizes of a data set the one that most runs have is not named: the other data sets stay in its row.
+def test_two_sizes_of_a_data_set(tmp_path: Path) -> None:
+    for dataset, f1 in (("sst2", 90), ("imdb", 80)):
+        for side, percent in (("none", 0), ("all", 100)):
+            write_result(tmp_path, BASE, side, percent, dataset, f1)
+    run = write_result(tmp_path, BASE, "none", 0, "sst2", 70, data_fingerprint="f" * 64)
+    data = json.loads((run / "result.json").read_text())["data"]
+    data["rows"]["train"] = 7
+    change(run / "result.json", data=data)
+    table = texts_of(cells_of(tmp_path))
+    assert table["model"].tolist() == ["Base", "Base", "Base train_size=7"]
+    assert table.loc[0].tolist()[1:] == ["0%", "90.00", "90.00", "80.00", "80.00"]
+
+
 # What grids asked for and what is there: told by command, in one line each; a file that cannot be read is told, too.
 def test_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     done = [write_result(tmp_path, "minilm", side, 50, "sst2", 80).name for side in ("bottom", "top")]
@@ -452,6 +466,9 @@ def test_the_learning_rate_is_fixed_beforehand(tmp_path: Path) -> None:
         assert row["difference"] == pytest.approx(difference, abs=0.05, nan_ok=True) and row["seeds"] == seeds
     runs, *_ = aggregate.read_runs(tmp_path)
     assert set(stats.fixed_rate(runs, aggregate.CELL, [], [0])["learning_rate"]) == {5e-5}
+    for seed in (1, 2):  # a cell with one rate needs no pilot
+        write_result(tmp_path, BASE, "none", 0, "sst2", 90 + seed, seed=seed, learning_rate=3e-5)
+    assert judged_of(tmp_path, pilot=(0,))[0].query("claim == 0")["seeds"].tolist() == [2, 2]
 
 
 # Three equal cells of seven are chance, not a copy. What collapsed at the fixed rate is no evidence, though the best

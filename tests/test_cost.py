@@ -1,5 +1,6 @@
 """What a grid costs: counted by hand, and the prediction's parts against sums by hand."""
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -58,19 +59,24 @@ def finish(run: RunConfig, seed: int, seconds: float, **settings: object) -> Non
     """Leave the result of a run of two epochs over 100 and 40 tokens."""
     cell = {"model": run.model, "side": "none", "percent": 0.0, "dataset": run.dataset, "seed": seed}
     prints = {"results_version": RESULTS_VERSION, "model_fingerprint": "a", "data_fingerprint": "b"}
-    kept = NEUTRAL_VALUES | cell | prints | settings
+    kept = NEUTRAL_VALUES | cell | prints | {"num_train_epochs": 2.0} | settings
     tokens = {"tokens": {"train": 100, "test": 40}}
     folder = Path(run.output_dir) / "runs" / run_name(kept)
     folder.mkdir(parents=True)
-    result = {"settings": kept, "data": tokens, "epochs": 2, "seconds": {"total": seconds}}
+    result = {
+        "settings": kept,
+        "data": tokens,
+        "epochs": math.ceil(kept["num_train_epochs"]),
+        "seconds": {"total": seconds},
+    }
     common.write_signed(folder / "result.json", result)
 
 
 # A run's fixed second is left out; of several the median counts. Runs that were cut short, and what cannot be read, are
-# passed over. Full: 2 (3 x 100 + 40) = 680 tokens; a probe's encoder reads 140.
+# passed over. Full: 2 (3 x 100 + 40) = 680 tokens, half an epoch 3 x 50 + 40 = 190; a probe's encoder reads 140.
 def test_speed_of_finished_runs(rte: RunConfig) -> None:
-    for seed, seconds in enumerate((1 + 680 * 0.01, 1 + 680 * 0.02, 1 + 680 * 0.09)):
-        finish(rte, seed, seconds)
+    for seed, (epochs, seconds) in enumerate(((2.0, 1 + 680 * 0.01), (0.5, 1 + 190 * 0.02), (2.0, 1 + 680 * 0.09))):
+        finish(rte, seed, seconds, num_train_epochs=epochs)
     finish(rte, 3, 1 + 140 * 0.03, tuning="probe")
     finish(rte, 4, 1 + 680, max_steps=1)
     finish(rte, 5, 1, bf16=["a list"])
@@ -121,3 +127,5 @@ def test_padding_and_the_optimizer(rte: RunConfig, monkeypatch: pytest.MonkeyPat
     assert cost.rate_of(twice, took) == pytest.approx(0.01 * 1.6 + 0.6 * 4 / 140)
     assert cost.rate_of(run, took._replace(pads=False)) == pytest.approx(0.01 + 0.6 * 2 / 70)
     assert cost.rate_of(replace(run, tuning="probe"), took) == 0.01
+    halved = replace(run, per_device_train_batch_size=1, max_steps=4, trainer={"gradient_accumulation_steps": 2})
+    assert cost.epochs_of(halved) == (2, 2)

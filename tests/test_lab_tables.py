@@ -110,10 +110,53 @@ def test_whether_a_difference_is_luck(lab: Path) -> None:
     assert set(rows.index.get_level_values("table")) == {"A", "B", "C"}
 
 
-# Numbers in names count as numbers, whatever stands around them: a version is not one.
+# The other cell is as it is but for one thing: the same method corrupted before fine-tuning, at the same place; `full`
+# with as many epochs, for either lora_rank. Its learning rate is named where it is another.
+def test_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "none", 0, shifted(20), num_train_epochs=2.0)
+    write(tmp_path, "none", 0, shifted(20), tuning="probe")
+    noise, place = {"method": "noise", "severity": 0.5}, {"corruption": {"layers": [2, 3], "place": "2-3"}}
+    write(tmp_path, "bottom", 50, shifted(0), num_train_epochs=2.0)
+    for changes, side, percent, points in ((noise, "bottom", 50, (5, 5, 5, 9)), (place, "2-3", 100 / 6, (1, 2, 2, 5))):
+        write(tmp_path, side, percent, shifted(points[0]), num_train_epochs=2.0, **changes)
+        after = {seed: F1[seed] + more for seed, more in zip(F1, points[1:], strict=True)}
+        write(tmp_path, side, percent, after, num_train_epochs=2.0, corrupt_after=True, **changes)
+    write(tmp_path, "bottom", 50, shifted(30), num_train_epochs=3.0)
+    for rank, points in ((4, (1, 2, 3)), (8, (2, 3, 4))):
+        lora = {seed: F1[seed] + more for seed, more in zip(F1, points, strict=True)}
+        write(tmp_path, "bottom", 50, lora, tuning="lora", lora_rank=rank, num_train_epochs=2.0, learning_rate=0.005)
+    assert run_main(tmp_path, monkeypatch) == 0
+    rows = pd.read_csv(tmp_path / "lab.csv", keep_default_na=False).query("table in ('C', 'E')")
+    assert [*zip(rows["table"], rows["place"], rows["against"], rows["difference"].astype(float), strict=True)] == [
+        ("C", "1-6", "full, at 5e-05", pytest.approx(2)),
+        ("C", "1-6", "full, at 5e-05", pytest.approx(3)),
+        ("E", "1-6", "corrupted before", pytest.approx(4 / 3)),
+        ("E", "2-3", "corrupted before", pytest.approx(2)),
+    ]
+    assert table(tmp_path, "C")["tuning"].tolist() == ["full", "lora (lora_rank=4)", "lora (lora_rank=8)"]
+    assert len(table(tmp_path, "E")) == 5 and set(table(tmp_path, "E")["method"]) == {
+        "uncorrupted",
+        "noise 0.5",
+        "reinit",
+    }
+
+
+# All layers alone have no side: they stand on both, with their change.
+def test_all_layers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "none", 0, shifted(20))
+    for method, change_of in (("reinit", 1.4), ("shuffle", 1.2)):
+        write(tmp_path, "all", 100, shifted(0), method=method, corruption={"relative_change": change_of})
+    assert run_main(tmp_path, monkeypatch) == 0
+    a = table(tmp_path, "A")
+    assert a["SST-2 top"].str[:5].tolist() == a["SST-2 bottom"].str[:5].tolist() == ["83.00", "63.00", "63.00"]
+    assert a["change top"].tolist() == ["", "1.400", "1.200"]
+
+
+# Numbers in names count as numbers, whatever stands around them: a version is not one, nor is a sign that says 1 or 2.
 def test_order_of_names() -> None:
     names = pd.Series(["set10", "set2", "a-1.2.3", "a-1.10", "..", ""], name="dataset")
     assert tables.in_order(names) == ["", "..", "a-1.10", "a-1.2.3", "set2", "set10"]
+    assert tables.in_order(pd.Series(["①", "set²"], name="dataset")) == ["set²", "①"]
     assert tables.in_order(pd.Series(["10", "2-4,6", "none", "2"], name="place")) == ["none", "2", "2-4,6", "10"]
 
 
@@ -172,6 +215,22 @@ def test_more_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert row["p"] == pytest.approx(ttest_1samp(gain, 0).pvalue)
     report.write(tmp_path, None)
     assert (tmp_path / "figures" / "tableF_bert-base-uncased_cls_sst2_training.pdf").exists()
+
+
+# More rows that are tested on other rows, and epochs that do not count since steps do, are in no Table F.
+def test_what_is_not_more_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = ([0, 1] * 100 + [1, 0] * 100, [0, 1] * 200)
+    for fingerprint, f1 in (("a", {"f1": 90}), ("b", {"f1": 0, "predicted": labels})):
+        for side, percent in (("none", 0), ("bottom", 50)):
+            changes = {"data_fingerprint": fingerprint * 64, **f1}
+            run = write_result(tmp_path, BASE, side, percent, "sst2", **changes)
+            data = json.loads((run / "result.json").read_text())["data"]
+            data["rows"]["train"] += len(fingerprint) if fingerprint == "b" else 0
+            change(run / "result.json", data=data)
+    for epochs in (2.0, 4.0):
+        write_result(tmp_path, BASE, "bottom", 50, "sst2", 70, pooling="mean", max_steps=5, num_train_epochs=epochs)
+    assert run_main(tmp_path, monkeypatch) == 0
+    assert not (tmp_path / "tableF.csv").exists()
 
 
 # The number of rows counts, not what data_prep.py was asked for (here nothing, the whole set); other rows of one number

@@ -23,6 +23,14 @@ BASE = "bert-base-uncased"
 FILES = [f"figure1_org--bert_ag_news{end}" for end in (".csv", ".pdf", ".png", "_numbers.csv")]
 
 
+# Two names that differ in a sign that a file's name cannot have are two files; a hub id is told by its slash.
+def test_names_of_files() -> None:
+    assert plots.file_stem("table1", "", "sst2", "epochs") == "table1_sst2_epochs"
+    assert plots.file_stem("figure1", "org/bert") == "figure1_org--bert"
+    stems = {plots.file_stem("tableA", name) for name in ("my set", "my-set", "my_set", "x" * 300, "x" * 301)}
+    assert len(stems) == 5 and max(map(len, stems)) < 200
+
+
 def add_run(output_dir: Path, side: str, percent: float, strays: int = 0, f1: float = 90.0, **changes: object) -> Path:
     """A run with 40 test rows of two classes at two points, and its row in results.csv."""
     row = {"model": "org/bert", "variant": "", "side": side, "percent": float(percent), "dataset": "ag_news"}

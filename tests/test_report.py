@@ -289,6 +289,11 @@ def test_the_recovered_share_by_hand() -> None:
     assert left["ours"].tolist() == pytest.approx([100 * (3 / 4 + 2 / 3) / 2, 100 * (7 / 8 + 7 / 6) / 2])
     assert left["reference"].isna().all()
     assert report.headline(left)["ours"].tolist() == left["ours"].tolist() and report.headline(left[:0]).empty
+    new = cells[cells["side"] == "none"].assign(side="all", percent=100.0, f1=60.0)
+    for datasets, shown in ((["sst2", "rte"], ["bottom", "top", "all"]), (["sst2"], ["bottom", "top"])):
+        more = pd.concat([cells, new[new["dataset"].isin(datasets)]], ignore_index=True)
+        shares = report.recovered_share(report.join_reference(more, more, by_variant=False))
+        assert report.headline(shares)["side"].tolist() == shown  # in one sentence: averaged over the same columns
     both_columns = report.recovered_share(
         report.join_reference(cells[cells["dataset"] == "sst2"], cells.drop(columns="floor"), by_variant=False)
     )
@@ -353,12 +358,15 @@ def test_two_output_folders_side_by_side(
         assert words in capsys.readouterr().err
 
 
-# Learning rates that differ in the last digit, and the rows of a set that both have, are named; what is equal is not.
+# Learning rates that differ in the last digit, and the rows of a set that both have, are named; what is equal is not,
+# nor is a set that one folder has alone.
 def test_what_differs_between_two_folders(tmp_path: Path) -> None:
     sets = []
     for folder, rate, digest in (("a", 1e-3, "a" * 64), ("b", 1.0000001e-3, "b" * 64)):
         write_result(tmp_path / folder, BASE, "none", 0, "sst2", 80, learning_rate=rate)
         write_result(tmp_path / folder, BASE, "none", 0, "imdb", 80, learning_rate=rate, data_fingerprint=digest)
+    write_result(tmp_path / "b", BASE, "none", 0, "emotion", 80, learning_rate=rate, data_fingerprint="e" * 64)
+    for folder in ("a", "b"):
         runs, *_ = aggregate.read_runs(tmp_path / folder)
         results = {
             run: json.loads((tmp_path / folder / "runs" / run / "result.json").read_text()) for run in runs["run"]
