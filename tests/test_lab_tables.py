@@ -114,7 +114,7 @@ def test_whether_a_difference_is_luck(lab: Path) -> None:
 # with as many epochs, for either lora_rank. Its learning rate is named where it is another.
 def test_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "none", 0, shifted(20), num_train_epochs=2.0)
-    write(tmp_path, "none", 0, shifted(20), tuning="probe")
+    write(tmp_path, "none", 0, shifted(20), num_train_epochs=2.0, tuning="probe")
     noise, place = {"method": "noise", "severity": 0.5}, {"corruption": {"layers": [2, 3], "place": "2-3"}}
     write(tmp_path, "bottom", 50, shifted(0), num_train_epochs=2.0)
     for changes, side, percent, points in ((noise, "bottom", 50, (5, 5, 5, 9)), (place, "2-3", 100 / 6, (1, 2, 2, 5))):
@@ -128,12 +128,13 @@ def test_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert run_main(tmp_path, monkeypatch) == 0
     rows = pd.read_csv(tmp_path / "lab.csv", keep_default_na=False).query("table in ('C', 'E')")
     assert [*zip(rows["table"], rows["place"], rows["against"], rows["difference"].astype(float), strict=True)] == [
+        ("C", "", "full", 0),
         ("C", "1-6", "full, at 5e-05", pytest.approx(2)),
         ("C", "1-6", "full, at 5e-05", pytest.approx(3)),
         ("E", "1-6", "corrupted before", pytest.approx(4 / 3)),
         ("E", "2-3", "corrupted before", pytest.approx(2)),
     ]
-    assert table(tmp_path, "C")["tuning"].tolist() == ["full", "lora (lora_rank=4)", "lora (lora_rank=8)"]
+    assert table(tmp_path, "C")["tuning"].tolist() == ["full", "probe", "lora (lora_rank=4)", "lora (lora_rank=8)"]
     assert len(table(tmp_path, "E")) == 5 and set(table(tmp_path, "E")["method"]) == {
         "uncorrupted",
         "noise 0.5",
@@ -228,7 +229,11 @@ def test_what_is_not_more_training(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             data["rows"]["train"] += len(fingerprint) if fingerprint == "b" else 0
             change(run / "result.json", data=data)
     for epochs in (2.0, 4.0):
-        write_result(tmp_path, BASE, "bottom", 50, "sst2", 70, pooling="mean", max_steps=5, num_train_epochs=epochs)
+        steps = {"max_steps": 5, "num_train_epochs": epochs, "data_fingerprint": f"{epochs}".ljust(64, "0")}
+        run = write_result(tmp_path, BASE, "bottom", 50, "sst2", 70, pooling="mean", **steps)
+        data = json.loads((run / "result.json").read_text())["data"]
+        data["rows"]["train"] = int(epochs)
+        change(run / "result.json", data=data)
     assert run_main(tmp_path, monkeypatch) == 0
     assert not (tmp_path / "tableF.csv").exists()
 

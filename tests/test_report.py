@@ -365,7 +365,7 @@ def test_what_differs_between_two_folders(tmp_path: Path) -> None:
     for folder, rate, digest in (("a", 1e-3, "a" * 64), ("b", 1.0000001e-3, "b" * 64)):
         write_result(tmp_path / folder, BASE, "none", 0, "sst2", 80, learning_rate=rate)
         write_result(tmp_path / folder, BASE, "none", 0, "imdb", 80, learning_rate=rate, data_fingerprint=digest)
-    write_result(tmp_path / "b", BASE, "none", 0, "emotion", 80, learning_rate=rate, data_fingerprint="e" * 64)
+    write_result(tmp_path / "b", BASE, "none", 0, "emotion", 80.25, learning_rate=rate, data_fingerprint="e" * 64)
     for folder in ("a", "b"):
         runs, *_ = aggregate.read_runs(tmp_path / folder)
         results = {
