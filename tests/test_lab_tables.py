@@ -134,7 +134,7 @@ def test_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("E", "1-6", "corrupted before", pytest.approx(4 / 3)),
         ("E", "2-3", "corrupted before", pytest.approx(2)),
     ]
-    assert table(tmp_path, "C")["tuning"].tolist() == ["full", "probe", "lora (lora_rank=4)", "lora (lora_rank=8)"]
+    assert table(tmp_path, "C")["tuning"].tolist() == ["full", "lora (lora_rank=4)", "lora (lora_rank=8)", "probe"]
     assert len(table(tmp_path, "E")) == 5 and set(table(tmp_path, "E")["method"]) == {
         "uncorrupted",
         "noise 0.5",
