@@ -1,4 +1,5 @@
-"""What tables look like: the paper's layout, Markdown and LaTeX. Functions of frames; used by aggregate.py and lab.py.
+"""What tables look like: the paper's layout, Markdown and LaTeX; and in words what sets their rows apart. Functions of
+frames; used by aggregate.py, lab.py and report.py.
 
 A table in text has `model` and what its rows are in its first columns, then a column for each of `<data set> <name>`.
 """
