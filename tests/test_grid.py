@@ -203,4 +203,4 @@ def test_flags_that_need_the_presets_tuning(monkeypatch: pytest.MonkeyPatch, cap
         except SystemExit as end:
             ended = end.code
         out, err = capsys.readouterr()
-        assert ended == code and ("4 runs" in out if code == 0 else "leave them out" in err)
+        assert ended == code and ("4 runs" in out if code == 0 else "leave it out" in err)
