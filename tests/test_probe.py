@@ -106,7 +106,7 @@ def test_cls_of_left_padded_rows() -> None:
 def test_what_a_converged_probe_has_not(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         run_of([*CONVERGED, "--model", "minilm", *words])
-    with pytest.raises(InputError, match="are of --tuning probe_converged"):
+    with pytest.raises(InputError, match="is of --tuning probe_converged"):
         run_of(["--model", "minilm", "--probe_reads", "mean"])
 
 
