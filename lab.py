@@ -114,8 +114,8 @@ def degree(cells: pd.DataFrame) -> pd.Series:
 
 
 def by_training(cells: pd.DataFrame) -> pd.DataFrame:
-    """Table F: more rows or more epochs, where runs differ in nothing else. Where a data set has several versions with as
-    many rows, the one that most cells have counts; each other is a set of its own."""
+    """Table F: more rows or more epochs, where runs differ in nothing else. Where a data set has several versions with
+    as many rows, the one that most cells have counts; each other is a set of its own."""
     cells = plain(cells[cells["tuning"] == "full"]).dropna(subset=[*AMOUNTS])
     version = read_settings(cells["settings"]).reindex(columns=["data_fingerprint"], fill_value="").squeeze(axis=1)
     most = version.groupby([cells[name] for name in (*SAME, "train")]).transform(lambda of: of.mode()[0])

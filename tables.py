@@ -39,8 +39,9 @@ OF_DATA = ("train_size", "test_size", "split_seed", "data_fingerprint", "test_ro
 def name_apart(settings: pd.DataFrame, by: list[pd.Series], dataset: pd.Series) -> pd.Series:
     """In words what sets runs, or cells, apart from others of their data set; one name for all data sets.
 
-    `settings` has a column for each setting. One that differs within a data set is named for all that share `by`. What a
-    data set has of its own (OF_DATA) is named only where it is not what most have; a version, most of those of one size.
+    `settings` has a column for each setting. One that differs within a data set is named for all that share `by`. What
+    a data set has of its own (OF_DATA) is named only where it is not what most have; of a version, most of those of one
+    size.
     """
     name = pd.Series("", index=settings.index)
     own = [setting for setting in OF_DATA if setting in settings]
