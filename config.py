@@ -128,6 +128,9 @@ class RunConfig:
     trainer: dict = field(default_factory=dict)  # other fields of TrainingArguments
 
     def __post_init__(self) -> None:
+        for name, known in FIELDS.items():  # 3 epochs of a preset are the 3.0 of a flag
+            if known.metadata["type"] is float and getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "eval_at", tuple(sorted(set(self.eval_at))))
         if self.tuning == "probe_converged":
             self._without_training()

@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -66,8 +67,8 @@ def describe_model(cell: dict | pd.Series) -> str:
 
 
 def describe_column(cells: pd.DataFrame) -> str:
-    """The model and the data set, which the cells share."""
-    return f"{describe_model(cells.iloc[0])}, {dataset_title(cells['dataset'].iloc[0])}"
+    """The model and the data set, which the cells share; lines no wider than a column."""
+    return fill(f"{describe_model(cells.iloc[0])}, {dataset_title(cells['dataset'].iloc[0])}", 50)
 
 
 def describe_corruption(side: str, percent: float) -> str:

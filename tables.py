@@ -40,8 +40,8 @@ def name_apart(settings: pd.DataFrame, by: list[pd.Series], dataset: pd.Series) 
     """In words what sets runs, or cells, apart from others of their data set; one name for all data sets.
 
     `settings` has a column for each setting. One that differs within a data set is named for all that share `by`. What
-    a data set has of its own (OF_DATA) is named only where it is not what most have; of a version, most of those of one
-    size.
+    a data set has of its own (OF_DATA) is named only where it is not what most have, the smallest of as many; of a
+    version, most of those of one size.
     """
     name = pd.Series("", index=settings.index)
     own = [setting for setting in OF_DATA if setting in settings]
@@ -50,7 +50,7 @@ def name_apart(settings: pd.DataFrame, by: list[pd.Series], dataset: pd.Series) 
         text = values.str[:8] if setting.endswith(("_fingerprint", "_rows")) else values
         if setting in own:
             sizes = [settings[size] for size in own if size != setting and setting == "data_fingerprint"]
-            differs = values != values.groupby([*by, dataset, *sizes]).transform(lambda of: of.mode()[0])
+            differs = values != values.groupby([*by, dataset, *sizes]).transform(lambda of: in_order(of.mode())[0])
         else:
             differs = values.groupby([*by, dataset]).transform("nunique").gt(1).groupby(by).transform("any")
         name += (f", {setting}=" + text).where(differs, "")

@@ -279,18 +279,24 @@ def test_one_name_across_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture
     assert names == {"max_length=128", "max_length=32", "max_length=32, data_fingerprint=ffffffff"}
 
 
-# Of the sizes of a data set the one that most runs have is not named: the other data sets stay in its row.
+# Of the sizes of a data set the one that most runs have is not named, of as many the smallest: the other data sets stay
+# in its row.
 def test_two_sizes_of_a_data_set(tmp_path: Path) -> None:
     for dataset, f1 in (("sst2", 90), ("imdb", 80)):
         for side, percent in (("none", 0), ("all", 100)):
             write_result(tmp_path, BASE, side, percent, dataset, f1)
-    run = write_result(tmp_path, BASE, "none", 0, "sst2", 70, data_fingerprint="f" * 64)
-    data = json.loads((run / "result.json").read_text())["data"]
-    data["rows"]["train"] = 7
-    change(run / "result.json", data=data)
+
+    def write_of_seven(side: str, percent: int) -> None:
+        run = write_result(tmp_path, BASE, side, percent, "sst2", 70, data_fingerprint="f" * 64)
+        data = json.loads((run / "result.json").read_text())["data"]
+        change(run / "result.json", data=data | {"rows": data["rows"] | {"train": 7}})
+
+    write_of_seven("none", 0)
     table = texts_of(cells_of(tmp_path))
     assert table["model"].tolist() == ["Base", "Base", "Base train_size=7"]
     assert table.loc[0].tolist()[1:] == ["0%", "90.00", "90.00", "80.00", "80.00"]
+    write_of_seven("all", 100)
+    assert set(cells_of(tmp_path)["variant"]) == {"", "train_size=10"}
 
 
 # What grids asked for and what is there: told by command, in one line each; a file that cannot be read is told, too.

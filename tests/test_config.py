@@ -176,6 +176,7 @@ def test_flags_give_the_same_run() -> None:
     cell = "--model bert-base-uncased --dataset sst2 "
     assert flags == f"{cell}--corrupt bottom --frac 1/3 --tuning probe --learning_rate 1.0000001e-05"
     assert shlex.join(RunConfig().flags()) == cell.strip()
+    assert repr(RunConfig(num_train_epochs=3)) == repr(RunConfig(num_train_epochs=3.0))
     assert parse(["--max-length=32", "--fp16"]) == RunConfig(max_length=32, trainer={"fp16": True})
 
 
