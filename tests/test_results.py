@@ -9,7 +9,10 @@ import pytest
 import aggregate
 
 RESULTS = Path(aggregate.__file__).parent / "docs" / "results"
-RATES = {"probe": ["--learning_rate", "0", "1e-2"]}  # the others have one rate in each cell
+RATES = {
+    "full": ["--learning_rate", "5e-5"],
+    "probe": ["--learning_rate", "0", "1e-2"],
+}  # the others have one in each cell
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in RESULTS.glob("*/runs.tar.xz")))
