@@ -45,11 +45,12 @@ def encoder_weights(model: str) -> int:
 
 def memory(run: RunConfig) -> float:
     """The bytes that a run needs at most: Python and its packages, weights, gradients, Adam's two moments, a copy for
-    the best epoch, and the activations of a batch without padding."""
+    the best epoch, and the activations of a batch without padding; and a third of that, for what is freed and not
+    used again, since no two batches are as large."""
     shape = shape_of(run.model)
     parameters = encoder_weights(run.model) + shape.vocab_size * shape.hidden_size
     batch = run.per_device_train_batch_size * run.max_length
-    return 1e9 + 24 * parameters + 4 * 20 * batch * shape.hidden_size * shape.num_hidden_layers
+    return 4 / 3 * (1e9 + 24 * parameters + 4 * 20 * batch * shape.hidden_size * shape.num_hidden_layers)
 
 
 @lru_cache

@@ -5,8 +5,10 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from test_results import RESULTS
 from transformers import BertConfig
 
 import common
@@ -114,6 +116,13 @@ def test_steps_are_timed(rte: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cost, "shape_of", lambda model: shape)
     took = cost.time_step(rte)
     assert took.token > 0 and took.optimizer > 0 and not took.pads
+
+
+# No real run took more than is said, and the largest not much less.
+def test_memory() -> None:
+    runs = pd.concat(pd.read_csv(path) for path in RESULTS.glob("*/results.csv"))
+    held = runs.loc[runs["model"] == "minilm", "peak_memory_gb"].max()
+    assert held < cost.memory(RunConfig(model="minilm")) / 1e9 < 1.2 * held
 
 
 # 0.01 s for a token, 0.6 for a step of the optimizer. A batch of 4, 2, 2 and 2 tokens: 16 with padding, 10 without. Two
