@@ -92,7 +92,7 @@ def test_grid(
     before = sorted(tmp_path.rglob("*"))
     listed = output_of("--dry_run")
     assert listed.count(f"missing python train.py --model {tiny_bert}") == 2 and "2 runs: 0 are there" in listed
-    assert listed.endswith("; a run needs 1.3 GB of memory at most\n")  # Python and its packages; the model is tiny
+    assert listed.endswith("; a run needs 1.4 GB of memory at most\n")  # Python and its packages; the model is tiny
     assert f"{mydata} is not prepared" in listed and sorted(tmp_path.rglob("*")) == before
     assert cost.count_rows(*place) == (40, 20) and cost.count_tokens(*place, 64) == (40 * 64, 20 * 64)
     assert "2 runs: 0 are there, 2 to do" in output_of() and "2 runs: 2 are there, 0 to do" in output_of("--dry_run")
