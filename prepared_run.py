@@ -5,7 +5,6 @@ Used by train.py, which trains it, and by analyse.py, which reads its rows and i
 
 import dataclasses
 import os
-import platform
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -178,9 +177,12 @@ def optimizer_of(trainer: Trainer) -> dict:
 
 
 def device_of(args: TrainingArguments) -> dict:
+    """The device that trains: numbers repeat on one kind of processor, with one number of threads."""
+    cpu = torch.cpu.get_capabilities()
+    processor = f"{cpu.get('cpu_name', cpu['architecture'])}, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "type": args.device.type,
-        "name": torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine(),
+        "name": torch.cuda.get_device_name() if args.device.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
     }
 

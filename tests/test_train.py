@@ -1,6 +1,7 @@
 """One run: what it leaves, that it repeats, that runs are paired, and what it refuses."""
 
 import json
+import platform
 import shutil
 import socket
 import sys
@@ -284,6 +285,8 @@ def test_settings_in_force(flags: list[str], small_data: Path, monkeypatch: pyte
     expected |= {"label_smoothing": 0.1, "processes": 1, "tf32": False, "optimizer": "AdamW"}
     assert expected.items() <= result["in_force"].items()
     assert [group["weight_decay"] for group in result["in_force"]["groups"]] == [0.5, 0.0]
+    processor, instructions = result["device"]["name"].split(", ")  # x86_64 alone does not say where numbers repeat
+    assert processor != platform.machine() and instructions == torch.backends.cpu.get_cpu_capability()
     data = data_prep.load("rotten_tomatoes", small_data)
     trainer = prepared_run.prepare_run(run_of(flags), data).trainer
     for name, value in (("bf16", True), ("label_smoothing_factor", 0.5), ("tf32", True)):
