@@ -31,6 +31,7 @@ import stats
 from common import InputError, atomic_write, make_parser, one_line, run_script
 from config import FIELDS, NEUTRAL_VALUES, OF_CORRUPTION, RunConfig, exact
 from paper import CLAIMS, LAYERS, TABLES, TEST_ROWS, published_cells, table_of
+from protocol import PROTOCOL
 from tables import as_text, count_missing, groups, latex, markdown, name_apart, paper_table, plain_latex, plain_markdown
 
 CELL = ["model", "variant", "method", "parts", "order", "side", "percent", "dataset", "pooling", "tuning"]
@@ -137,11 +138,15 @@ def result_row(result: dict) -> dict:
 
 
 def other_settings(result: dict) -> dict[str, str]:
-    """A run's settings as JSON, beside those of RUN; what its result lacks has the value that it was made with."""
+    """A run's settings as JSON, beside those of RUN; what its result lacks has the value that it was made with.
+
+    A neutral value has one spelling, 0 for 0.0; what has become a part of the protocol is no setting.
+    """
     rows, split_seed = result["data"]["rows"], result["data"]["request"]["seed"]
     prepared = {"train_size": rows["train"], "test_size": rows["test"], "split_seed": split_seed}
-    settings = NEUTRAL_VALUES | prepared | result["settings"]
-    own = {*RUN, *OF_CORRUPTION, "frac"}
+    settings = prepared | result["settings"]
+    settings |= {name: value for name, value in NEUTRAL_VALUES.items() if settings.get(name, value) == value}
+    own = {*RUN, *OF_CORRUPTION, *PROTOCOL, "frac"}
     return {name: json.dumps(value).strip('"') for name, value in settings.items() if name not in own}
 
 

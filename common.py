@@ -135,7 +135,7 @@ def fail(error: BaseException) -> NoReturn:
 def fraction(text: str) -> Fraction:
     """A part of the layers for argparse: 0.5 or 1/3."""
     try:
-        frac = Fraction(text)
+        frac = Fraction("" if "e" in text.lower() else text)  # 1e9999999 would take minutes
     except (ValueError, ZeroDivisionError):
         frac = Fraction(-1)
     if not 0 <= frac <= 1:

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import paper
 from common import InputError, fail, fraction, make_parser
-from protocol import AFFECTS, NEUTRAL, PROTOCOL
+from protocol import AFFECTS, NEUTRAL, PROTOCOL, RANGES
 
 RESULTS_VERSION = 5  # raise it when this code would give other numbers for the same settings: results are made again
 SIDES = ("none", "bottom", "top", "all")  # of a run; other places are named by their layers
@@ -27,7 +28,7 @@ REPORTERS = ("none", "tensorboard", "trackio", "wandb")
 
 
 def truth(text: str) -> bool:
-    """True or False for argparse, as the library's own flags take it."""
+    """True or False for argparse, in these spellings alone."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text} is neither True nor False")
     return text.lower() == "true"
@@ -137,12 +138,13 @@ class RunConfig:
         self._check_corruption()
         positive = ["per_device_train_batch_size", "lora_rank", "lora_alpha"]
         positive += ["num_train_epochs"] * (self.tuning != "probe_converged")
-        counts = {name: getattr(self, name) for name in positive} | {
-            name: self.trainer.get(name, 1) for name in ("per_device_eval_batch_size", "gradient_accumulation_steps")
-        }
-        for name, value in counts.items():
-            if not 0 < value < math.inf:
-                raise InputError(f"--{name} {value} is not above 0")
+        for name in positive:
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"--{name} {getattr(self, name)} is not above 0")
+        for name, (low, below) in RANGES.items():
+            if (value := self.trainer.get(name)) is not None and not low <= value < below:
+                limit = "" if below == math.inf else f" and below {below}"
+                raise InputError(f"--{name} {value} is not a number from {low} on{limit}")
         if not 0 <= self.learning_rate < math.inf:
             raise InputError(
                 f"--learning_rate {self.learning_rate} is not a learning rate: the paper's are 1e-5 to 5e-5"
@@ -152,10 +154,8 @@ class RunConfig:
                 raise InputError(f"--{name} {getattr(self, name)} is not from 0 to {2**32 - 1}")
             if name != "seed" and getattr(self, name) == self.seed:
                 object.__setattr__(self, name, None)  # says nothing that --seed does not
-        if self.max_steps == 0:
-            raise InputError("--max_steps 0 trains nothing: leave it out, or give a number above 0")
-        if not math.isfinite(self.kaiming_a):
-            raise InputError(f"--kaiming_a {self.kaiming_a} is not finite")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise InputError(f"--max_steps {self.max_steps} trains nothing: leave it out, or give a number above 0")
         saved = [name for name in ("save_model", "save_vectors", "save_states") if getattr(self, name)]
         if self.tuning.startswith("probe") and saved:
             raise InputError(f"--tuning {self.tuning} does not change the encoder: --{saved[0]} needs full")
@@ -212,6 +212,11 @@ class RunConfig:
             object.__setattr__(self, name, 0.0 if name != "max_steps" else -1)
         if self.pooling != "cls":
             raise InputError("--pooling is what a head reads: --tuning probe_converged takes --probe_reads mean")
+
+    @property
+    def command(self) -> str:
+        """The command line that does this run."""
+        return shlex.join(["python", "train.py", *self.flags()])
 
     def flags(self) -> list[str]:
         """The flags of train.py that say this; model and data set first, then those that are not at their default."""
@@ -350,7 +355,8 @@ def run_name(settings: dict) -> str:
     shown = {"pooling", "tuning", "learning_rate", "num_train_epochs", "seed"}
     others = [f"{k}={s[k]}" for k, usual in NEUTRAL_VALUES.items() if k not in shown and s.get(k, usual) != usual]
     name = re.sub(r"[^\w@.,=+-]", "-", "_".join([name, *others])).lstrip(".-")
-    return name if len(name) <= 200 else f"{name[:183]}_{sha256(name.encode()).hexdigest()[:16]}"
+    begin = name.encode()[:183].decode(errors="ignore")  # a file's name may have 255 bytes, and the lock's is longer
+    return name if len(name.encode()) <= 200 else f"{begin}_{sha256(name.encode()).hexdigest()[:16]}"
 
 
 def describe_cell(settings: dict) -> str:

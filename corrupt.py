@@ -178,7 +178,7 @@ SHARE = ("from 0 to 1", lambda s: 0 <= s <= 1)
 METHODS = {  # --method
     "reinit": Method(reinit),
     "normal": Method(normal, whole=True),
-    "noise": Method(noise, severity=("above 0", lambda s: 0 < s < math.inf)),
+    "noise": Method(noise, severity=("above 0 and at most 1e6", lambda s: 0 < s <= 1e6)),
     "shuffle": Method(shuffle),
     "prune": Method(prune, severity=SHARE, matrices=True),
     "prune_random": Method(prune_random, severity=SHARE, matrices=True),
@@ -213,6 +213,8 @@ def targets_of(model: PreTrainedModel, place: Place, how: Corruption) -> list[Ta
     if how.method not in METHODS:
         raise InputError(f"--method {how.method} is not known: choose from {', '.join(METHODS)}")
     method, targets = METHODS[how.method], plan_corruption(model, place, how.parts)
+    if not abs(how.kaiming_a) <= 1e6:
+        raise InputError(f"--kaiming_a {how.kaiming_a} is not from -1e6 to 1e6")
     if method.severity is None and how.severity is not None:
         takers = ", ".join(name for name, other in METHODS.items() if other.severity)
         raise InputError(f"--severity {how.severity} is not for --method {how.method}: leave it out, or take {takers}")

@@ -101,7 +101,7 @@ def prepare(
     """
     name, folder = resolve_dataset(dataset, data_dir)
     for flag, size in (("--train_size", train_size), ("--test_size", test_size)):
-        if size is not None and size < 1:
+        if size is not None and not 1 <= size < 2**31:
             raise InputError(f"{flag} {size} is not a number of rows: give at least one for each class")
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed {seed} is not from 0 to {2**32 - 1}")
@@ -194,10 +194,6 @@ def manifest(name: str, data_dir: str | Path = "data") -> dict:
     if record := find_manifest(name, data_dir):
         return record
     raise InputError(f"{name} is not prepared in {data_dir}: run python data_prep.py --dataset {name}")
-
-
-def is_prepared(name: str, data_dir: str | Path = "data") -> bool:
-    return find_manifest(name, data_dir) is not None
 
 
 def fingerprint_of(name: str, data_dir: str | Path = "data") -> str | None:

@@ -192,7 +192,7 @@ def list_runs(runs: list[RunConfig], layout: executors.WorkerLayout) -> None:
             notes[str(error)] = run
         if not done:
             missing.append(run)
-        print(f"{'done   ' if done else 'missing'} python train.py {shlex.join(run.flags())}")
+        print(f"{'done   ' if done else 'missing'} {run.command}")
     print(*notes, sep="\n", end="\n" if notes else "")
     print(f"{len(runs)} runs: {len(runs) - len(missing)} are there, {len(missing)} to do")
     if missing:
@@ -225,8 +225,8 @@ def find_missing(runs: list[RunConfig]) -> tuple[list[Run], list[str], list[str]
                     missing.append(run)
             names[run.name] = None  # flags that go to every run can make two of them one
         except InputError as error:
-            names[command := f"python train.py {shlex.join(wanted.flags())}"] = None
-            failures.append(f"{command}: {error}")
+            names[wanted.command] = None
+            failures.append(f"{wanted.command}: {error}")
             if len(failures) == len(runs):
                 raise
     return missing, failures, list(names)

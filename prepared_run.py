@@ -155,7 +155,7 @@ def in_force(trainer: Trainer) -> dict:
     args, accelerator, smoother = trainer.args, trainer.accelerator, trainer.label_smoother
     precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
     settings = {  # in force, by the flags
-        "mixed_precision": (accelerator.mixed_precision, precision),
+        "mixed_precision": (accelerator.mixed_precision if accelerator.native_amp else "no", precision),
         "processes": (accelerator.num_processes, 1),
         "train_batch_size": (args.train_batch_size, args.per_device_train_batch_size),
         "label_smoothing": (smoother.epsilon if smoother else 0.0, args.label_smoothing_factor),

@@ -3,6 +3,7 @@
 The fields that a user chooses most are flags of their own, in config.py. Needs no torch.
 """
 
+import math
 import os
 import re
 
@@ -34,6 +35,10 @@ PROTOCOL = {
     **dict.fromkeys(("eval_on_start", "eval_use_gather_object", "batch_eval_metrics", "logging_first_step"), False),
     **dict.fromkeys(("prediction_loss_only", "dataloader_drop_last", "auto_find_batch_size", "do_train"), False),
     **dict.fromkeys(("do_predict", "push_to_hub", "ignore_data_skip"), False),
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"), False
+    ),  # change no score, and round the weights that are kept
+    "enable_jit_checkpoint": False,  # would end a run at a signal as if it were done
     "restore_callback_states_from_checkpoint": False,
 }
 # What affects results, at the value that it has without a flag: a result that lacks it was made with that value.
@@ -55,7 +60,7 @@ AFFECTS = {
     **dict.fromkeys(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), None),
     **dict.fromkeys(("torch_compile_backend", "torch_compile_mode", "liger_kernel_config"), None),
     **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing", "neftune_noise_alpha"), None),
-    **dict.fromkeys(("fp16", "bf16_full_eval", "fp16_full_eval", "full_determinism", "use_cpu", "use_cache"), False),
+    **dict.fromkeys(("fp16", "full_determinism", "use_cpu", "use_cache"), False),
     **dict.fromkeys(("torch_compile", "use_liger_kernel", "dataloader_persistent_workers"), False),
 }
 NEUTRAL = frozenset(  # what cannot change a number
@@ -63,12 +68,19 @@ NEUTRAL = frozenset(  # what cannot change a number
         r"\w+",
         """dataloader_multiprocessing_context dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
         ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout
-        disable_tqdm do_eval enable_jit_checkpoint eval_accumulation_steps hub_always_push hub_model_id
+        disable_tqdm do_eval eval_accumulation_steps hub_always_push hub_model_id
         hub_private_repo hub_revision hub_strategy include_num_input_tokens_seen local_rank log_level
         log_level_replica log_on_each_node logging_steps project save_on_each_node save_steps skip_memory_metrics
         torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id""",
     )
 )
+# Values of numbers that the library lets pass, or refuses only when it trains: from the first, below the second.
+RANGES = {
+    **dict.fromkeys(("label_smoothing_factor", "adam_beta1", "adam_beta2"), (0, 1)),
+    **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), (1, math.inf)),
+    "per_device_eval_batch_size": (1, math.inf),
+}
 
 # Variables of the environment that change numbers behind the flags: refused unless their value says no. Of accelerate's
 # all but those that cannot change a number; docs/decisions.md has the table.

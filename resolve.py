@@ -3,7 +3,6 @@
 Used by train.py and grid.py.
 """
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,8 @@ def resolve_run(config: RunConfig, prepare: bool = True) -> Run | None:
     data = (data_prep.ensure_prepared if prepare else data_prep.up_to_date)(config.dataset, config.data_dir)
     if data is None:
         return None
-    name = folder.resolve().name if Path(config.model).is_dir() else paper.model_name(config.model)
+    own = config.model != "minilm" and Path(config.model).is_dir()
+    name = folder.resolve().name if own else paper.model_name(config.model)
     settings = {
         "results_version": RESULTS_VERSION,
         "model": name,
@@ -40,5 +40,4 @@ def resolve_run(config: RunConfig, prepare: bool = True) -> Run | None:
     }
     chosen = {name: getattr(config, name) for name in NEUTRAL_VALUES if name in FIELDS}
     settings |= NEUTRAL_VALUES | chosen | {k: v for k, v in config.trainer.items() if k in AFFECTS}
-    command = shlex.join(["python", "train.py", *config.flags()])
-    return Run(replace(config, dataset=data["dataset"]), command, folder, revision, data, settings)
+    return Run(replace(config, dataset=data["dataset"]), config.command, folder, revision, data, settings)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ import traceback
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -31,6 +33,14 @@ UNREADABLE = (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError,
 UNREADABLE += (RecursionError,)
 
 # ---- The result ----
+
+# What a run keeps if it is asked to: the setting with its value, and what its folder has then.
+KEPT = {
+    "save_model": (True, ["model"]),
+    "save_vectors": (True, ["vectors.npy"]),
+    "probe_layers": ("all", ["layers.csv"]),
+    "save_states": (True, ["states", "inside"]),  # analyse.py deletes the states when it has read them
+}
 
 
 def refuse(reason: str) -> None:
@@ -97,15 +107,32 @@ def load_valid_result(run: Run, digests: bool = True) -> dict | None:
     except UNREADABLE as error:
         return refuse(f"{run.folder}: {one_line(error)}")
     wanted = run.config
-    kept = {"model": wanted.save_model, "vectors.npy": wanted.save_vectors, "layers.csv": wanted.probe_layers == "all"}
-    kept["states"] = wanted.save_states and not (run.folder / "inside").exists()  # analyse.py has read them
-    for name, asked in kept.items():
-        if asked and not (run.folder / name).exists():
-            return refuse(f"{run.folder} has no {name}")
+    for setting, (value, names) in KEPT.items():
+        if getattr(wanted, setting) == value and not any((run.folder / name).exists() for name in names):
+            return refuse(f"{run.folder} has no {names[0]}")
     steps = result.get("steps", [])
     if missing := [step for step in wanted.eval_at if step not in steps and step <= max(steps, default=step)]:
         return refuse(f"{run.folder} was not evaluated after step {missing[0]}")
     return result
+
+
+def keep_what_is_there(run: Run) -> Run:
+    """The run, asked also for all that its earlier result keeps, in whose place it will be put."""
+    try:
+        steps = read_result(run.folder).get("steps", [])
+    except UNREADABLE:
+        return run
+    there = {
+        setting: value
+        for setting, (value, names) in KEPT.items()
+        if any((run.folder / name).exists() for name in names)
+    }
+    config = replace(run.config, eval_at=(*run.config.eval_at, *steps), **there)
+    flags = []
+    for name in (*KEPT, "eval_at"):
+        if (value := getattr(config, name)) != getattr(run.config, name):
+            flags += [f"--{name}", *map(str, value if name == "eval_at" else [value])]
+    return replace(run, config=config, command=shlex.join([*shlex.split(run.command), *flags]))
 
 
 def list_files(folder: Path) -> dict[str, dict]:
@@ -132,8 +159,7 @@ def run_lock(run: Run, wait: bool = True) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{lock} cannot be written and locked: {one_line(error)}") from error
     with held:
-        if (run.work_dir / "old").is_dir() and not run.folder.exists():  # a process died in `publish`
-            (run.work_dir / "old").rename(run.folder)
+        put_back(run)  # a process died in `publish`
         try:
             yield
         finally:
@@ -207,10 +233,19 @@ def publish(run: Run) -> None:
     shutil.rmtree(run.work_dir / "old", ignore_errors=True)
     if (log := run.work_dir / "log.txt").exists():
         log.rename(run.work_dir / "new" / "log.txt")
-    if run.folder.exists():
-        run.folder.rename(run.work_dir / "old")
-    (run.work_dir / "new").rename(run.folder)
+    try:
+        if run.folder.exists():
+            run.folder.rename(run.work_dir / "old")
+        (run.work_dir / "new").rename(run.folder)
+    finally:
+        put_back(run)
     discard(run, checkpoints_too=True)
+
+
+def put_back(run: Run) -> None:
+    """The earlier result, if it was moved aside and nothing has taken its place."""
+    if (run.work_dir / "old").is_dir() and not run.folder.exists():
+        (run.work_dir / "old").rename(run.folder)
 
 
 def write_failure(run: Run, reason: str, trace: list[str], log: bytes | None = None) -> None:

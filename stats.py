@@ -79,16 +79,11 @@ def collapse_stats(predictions: pd.DataFrame) -> dict[str, float | bool]:
     labels, guesses = (np.bincount(predictions[name]) / len(predictions) for name in ("label", "prediction"))
     most = guesses.argmax()
     of_most = labels[most] if most < len(labels) else 0.0
-    collapsed = bool(guesses[most] >= COLLAPSED) and kappa(predictions["label"], predictions["prediction"]) < KAPPA
+    kappa = cohen_kappa_score(predictions["label"], predictions["prediction"], replace_undefined_by=0.0)
+    collapsed = bool(guesses[most] >= COLLAPSED and kappa < KAPPA)
     constant = 100 * constant_f1(of_most) if collapsed else np.nan
     shares = {"most_predicted": 100 * guesses[most], "floor": 100 * max(class_floors(labels))}
     return {**shares, "collapsed": collapsed, "constant_f1": constant}
-
-
-def kappa(labels: pd.Series, predictions: pd.Series) -> float:
-    """Cohen's kappa; 0 where labels and predictions are one class, which says nothing."""
-    value = cohen_kappa_score(labels, predictions)
-    return 0.0 if np.isnan(value) else float(value)
 
 
 def same_seeds(runs: pd.DataFrame, cell: list[str]) -> tuple[pd.DataFrame, list[str]]:

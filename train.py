@@ -218,6 +218,8 @@ def train(trainer: Trainer, run: Run, checkpoint: Path | None) -> None:
         if should_reduce_batch_size(error):
             raise MemoryError(out_of_memory(run, trainer.args)) from error
         raise
+    if (done := trainer.state.global_step) < (steps := trainer.state.max_steps):
+        raise RunError(f"training ended after step {done} of {steps}, and nothing says why: run it again")
 
 
 def epoch_table(log: list[dict]) -> pd.DataFrame:
@@ -253,9 +255,11 @@ def run_or_reuse(run: Run, wait: bool = True) -> tuple[dict, bool]:
     with run_dir.run_lock(run, wait):
         if result := run_dir.load_valid_result(run):
             run_dir.discard(run, checkpoints_too=True)
+            for name in ("failure.json", "failure.log"):  # of a later attempt, to keep more of it
+                (run.folder / name).unlink(missing_ok=True)
             return result, True
         try:
-            return run_training(run), False
+            return run_training(run_dir.keep_what_is_there(run)), False
         except (InputError, RunError):
             raise
         except Exception as error:

@@ -263,6 +263,13 @@ def test_missing_cells_and_variants(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == f"{warning}num_train_epochs=10.0\n"
 
 
+# 0 and 0.0 are one setting, and what was a setting once and is fixed now sets nothing apart.
+def test_spellings_of_one_setting(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_result(tmp_path, BASE, "none", 0, "sst2", 90)
+    write_result(tmp_path, BASE, "all", 100, "sst2", 60, warmup_steps=0.0, bf16_full_eval=False)
+    assert set(cells_of(tmp_path)["variant"]) == {""} and capsys.readouterr().err == ""
+
+
 # One name for a model and its settings in the whole table: what differs on one data set is named on the others, too.
 # Two versions of one data set are told apart, those of different data sets are not.
 def test_one_name_across_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -36,6 +36,7 @@ OTHER = {
     **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), True),
     **dict.fromkeys(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), '{"use_reentrant": true}'),
     **{"torch_compile_backend": "eager", "torch_compile_mode": "default", "liger_kernel_config": '{"rope": true}'},
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), 0.5),
     "neftune_noise_alpha": 5.0,
     "eval_at": (0, 5),
     **{"corrupt_seed": 4, "head_seed": 5, "probe_reads": "mean", "probe_layers": "all"},
@@ -120,7 +121,7 @@ def test_the_name_has_what_affects_results(name: str, run: Run) -> None:
 
 def test_the_name_lacks_what_is_neutral(run: Run) -> None:
     for name in NEUTRAL | PROTOCOL.keys():
-        settings = resolve.resolve_run(replace(run.config, trainer={name: PROTOCOL.get(name, "other")})).settings
+        settings = resolve.resolve_run(replace(run.config, trainer={name: PROTOCOL.get(name, 2)})).settings
         assert settings == run.settings, name
 
 
@@ -189,6 +190,14 @@ def test_the_papers_models_have_one_name(run: Run, monkeypatch: pytest.MonkeyPat
     assert runs[0].name == runs[1].name != runs[2].name and "google-bert/" in runs[1].command
 
 
+# A folder that happens to be called minilm is not what --model minilm takes, nor does it give its name.
+def test_minilm_is_not_a_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    minilm = replace(run.config, model="minilm", data_dir=str(Path(run.config.data_dir).resolve()))
+    (tmp_path / "minilm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve.resolve_run(minilm).settings["model"] == "minilm"
+
+
 # Numbers that differ in their last digits are two; two ways to write one number are one.
 def test_numbers_in_names(run: Run) -> None:
     rates = (1e-3, 1.0000001e-3, float("1.00e-03"), 9.9e-4)
@@ -201,6 +210,8 @@ def test_long_names(run: Run) -> None:
     config_of = {scale: {"lr_scheduler_kwargs": "x" * 300 + scale} for scale in "ab"}
     first, second = (resolve.resolve_run(replace(run.config, trainer=trainer)).name for trainer in config_of.values())
     assert first != second and len(first) == len(second) == 200
+    wide = config.run_name(run.settings | {"dataset": "数据" * 60, "max_length": 32})
+    assert 180 < len(wide.encode()) <= 200 and wide != config.run_name(run.settings | {"dataset": "数据" * 60})
 
 
 # What a run is called, and whether its result is valid, is told without a second of imports.

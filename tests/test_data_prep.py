@@ -309,6 +309,8 @@ def test_bad_columns_and_sizes(tmp_path: Path) -> None:
         data_prep.prepare("bbc_news", test_size=4, data_dir=tmp_path / "data")
     with pytest.raises(InputError, match="unknown data set 'sst3'"):
         data_prep.prepare("sst3", data_dir=tmp_path / "data")
+    with pytest.raises(InputError, match=f"--test_size {2**70} is not a number of rows"):
+        data_prep.prepare("bbc_news", test_size=2**70, data_dir=tmp_path)
     with pytest.raises(InputError, match="--train_size 0 is not a number of rows"):
         data_prep.prepare("bbc_news", train_size=0, data_dir=tmp_path / "data")
     with pytest.raises(InputError, match="--seed -1 is not from 0"):
@@ -324,7 +326,7 @@ def test_killed_half_way(tmp_path: Path) -> None:
     )
     root = Path(data_prep.__file__).parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ).returncode == 9
-    assert (tmp_path / ".bbc_news.partial").is_dir() and not data_prep.is_prepared("bbc_news", tmp_path)
+    assert (tmp_path / ".bbc_news.partial").is_dir() and not data_prep.find_manifest("bbc_news", tmp_path)
     data_prep.prepare("bbc_news", train_size=20, test_size=10, data_dir=tmp_path)
     assert data_prep.load("bbc_news", tmp_path)["test"].num_rows == 10
     assert not (tmp_path / ".bbc_news.partial").exists()
@@ -365,9 +367,9 @@ def test_split_version(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match="not prepared"):
         data_prep.manifest("bbc_news", tmp_path)
     data_prep.prepare("bbc_news", **sizes)
-    assert data_prep.is_prepared("bbc_news", tmp_path)
+    assert data_prep.find_manifest("bbc_news", tmp_path)
     (tmp_path / "bbc_news" / "manifest.json").write_text('{"request": {"preparation": 2}}')  # as it was before
-    assert not data_prep.is_prepared("bbc_news", tmp_path)
+    assert not data_prep.find_manifest("bbc_news", tmp_path)
 
 
 # Who needs only the names of the data sets waits for no heavy library.

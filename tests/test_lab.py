@@ -443,6 +443,7 @@ BAD = {
     "--corrupt bottom --frac 1/2 --method noise": "needs a --severity above 0",
     "--corrupt bottom --frac 1/2 --method noise --severity 0": "needs a --severity above 0",
     "--corrupt bottom --frac 1/2 --method noise --severity nan": "needs a --severity above 0",
+    "--corrupt bottom --frac 1/2 --method noise --severity 1e39": "above 0 and at most 1e6, and it is 1e+39",
     "--corrupt bottom --frac 1/2 --method prune --severity 1.5": "needs a --severity from 0 to 1",
     "--corrupt bottom --frac 1/2 --method smash": "--method smash is not known: choose from reinit",
     "--method noise --severity 1": "--method needs something to corrupt",

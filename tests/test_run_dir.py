@@ -224,6 +224,56 @@ def test_a_result_is_whole(flags: list[str], monkeypatch: pytest.MonkeyPatch, ca
     assert run_dir.load_valid_result(run) and "ZeroDivisionError" in (run.folder / "failure.json").read_text()
 
 
+# A new result that cannot take the place of the old one leaves that there, also at Ctrl-C.
+def test_publish_is_interrupted(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of([*flags, "--num_train_epochs", "1"])
+    train.run_or_reuse(run)
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", interrupted)
+        train.run_or_reuse(run_of([*flags, "--num_train_epochs", "1", "--save_model"]))
+    assert run_dir.load_valid_result(run) and not run.work_dir.exists()
+
+
+# Whoever asks for more of a run loses nothing that it kept: not the model, not the vectors, not the steps.
+def test_what_is_kept_stays(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*flags, "--num_train_epochs", "1"]
+    train.run_or_reuse(run_of([*flags, "--save_model", "--eval_at", "0"]))
+    run = run_of([*flags, "--save_vectors", "--eval_at", "1"])
+    assert not train.run_or_reuse(run)[1]
+    assert {"model", "vectors.npy", "steps.csv"} <= {path.name for path in run.folder.iterdir()}
+    result = run_dir.load_valid_result(run_of([*flags, "--save_model", "--save_vectors", "--eval_at", "0", "1"]))
+    assert result["steps"][:2] == [0, 1] and result["command"].endswith(
+        " --save_model True --eval_at 0 1 3"
+    )  # 3 is the last
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(RunError),
+    ):  # an attempt that fails, forgotten when all is there
+        patched.setattr(run_dir, "publish", lambda run: 1 / 0)
+        train.run_or_reuse(run_of([*flags, "--save_states"]))
+    assert (run.folder / "failure.json").exists()
+    assert train.run_or_reuse(run)[1] and not [*run.folder.glob("failure.*")]
+
+
+# Training that something ends before its last step is not a result.
+def test_a_run_that_ends_early(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: object, args: object, state: object, control: object, **others: object) -> object:
+        control.should_training_stop = True
+        return control
+
+    monkeypatch.setattr(callbacks.Progress, "on_epoch_end", stop)
+    with pytest.raises(RunError, match=r"training ended after step \d+ of \d+"):
+        train.run_or_reuse(run_of(flags))
+    assert [path.name for path in run_of(flags).folder.glob("*.json")] == ["failure.json"]
+
+
 # One character of result.json that is another, or another name of its folder, and the result does not count, even
 # where the other files are not read.
 def test_an_edited_result(flags: list[str], capsys: pytest.CaptureFixture) -> None:
