@@ -39,7 +39,7 @@ import run_dir
 import stats
 import train
 import unpad
-from common import USER_ERRORS, InputError, atomic_write, fail, make_parser, one_line, run_script
+from common import USER_ERRORS, InputError, atomic_write, explain, fail, make_parser, one_line, run_script, sha256_of
 from config import NEUTRAL_VALUES, Run, RunConfig
 from prepared_run import load_model, load_rows
 
@@ -112,14 +112,22 @@ def read_subject(folder: Path) -> Subject:
         run = resolve.resolve_run(RunConfig(**config.parse_flags(config.run_parser(__doc__), flags)), prepare=False)
     except run_dir.UNREADABLE as error:
         raise InputError(f"{folder} is not a run that can be read: {one_line(error)}") from error
+    if run is None:
+        raise InputError(
+            f"{folder} was made from rows that are not prepared now: run data_prep.py, or {result['command']}"
+        )
     for name, value in result["settings"].items():
-        if run is None or run.settings.get(name) != value:
+        if run.settings.get(name) != value:
             raise InputError(
                 f"{folder} was made with another {name} than there is now: prepare the rows or do it again"
             )
     saved = [folder / name for name in ("states", "model") if (folder / name / "config.json").exists()]
     if not saved or (run.config.corrupt_after and saved[0].name == "model"):
         raise InputError(f"{folder} has no saved states: delete it and do the run again with --save_states True")
+    for name, expected in (result["files"] | result.get("states", {})).items():
+        with explain(f"{folder / name} cannot be read", OSError):
+            if name.startswith(f"{saved[0].name}/") and sha256_of(folder / name) != expected["sha256"]:
+                raise InputError(f"{folder / name} is not what the run wrote: delete {folder} and do the run again")
     return Subject(replace(run, config=replace(run.config, output_dir=str(folder.parent.parent))), result, saved[0])
 
 
@@ -243,24 +251,27 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs, the others against the first")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="holds runs/ (default: outputs)")
-    parser.add_argument("--keep", action="store_true", help="keep the weights")
+    parser.add_argument("--keep", action="store_true", help="keep the weights, as those of named runs are")
     args = parser.parse_args()
     train.silence_libraries()
     output_dir, cache = args.output_dir, args.output_dir / "unfinished" / "inside"
     try:
-        folders = args.runs or [path.parent for path in sorted(output_dir.glob("runs/*/states"))]
+        waiting, folders = [], args.runs or [path.parent for path in sorted(output_dir.glob("runs/*/states"))]
         subjects = [read_subject(folder) for folder in folders]
         if args.runs:
             todo = [(other, subjects[0]) for other in subjects[1:]]
+            output_dir = Path(subjects[-1].run.config.output_dir)
         else:
             new = [subject for subject in subjects if not (subject.run.folder / "inside").exists()]
-            todo = [(subject, find_partner(subject, subjects)) for subject in new]
+            pairs = [(subject, find_partner(subject, subjects)) for subject in new]
+            todo = [(one, partner) for one, partner in pairs if partner or one.run.settings["side"] == "none"]
+            waiting = [one.run.name for one, partner in pairs if not partner and one.run.settings["side"] != "none"]
         for subject, partner in todo if args.runs else ():
             check_pair(partner, subject)
-        if not todo and (args.runs or not any(output_dir.glob("runs/*/inside"))):
+        if not todo and not waiting and (args.runs or not any(output_dir.glob("runs/*/inside"))):
             raise InputError("no two runs with saved states: run python grid.py --preset inside, or name two or more")
         for number, (subject, partner) in enumerate(todo, 1):
-            against = f"against {partner.run.name}" if partner else "alone: no uncorrupted run kept its weights"
+            against = f"against {partner.run.name}" if partner else "alone: no other uncorrupted run kept its weights"
             print(f"[{number} of {len(todo)}] {subject.run.name} {against}", flush=True)
             write_inside(subject.run.folder, analyse(subject, partner, cache))
         written = []
@@ -269,7 +280,7 @@ def main() -> None:
             written.append(output_dir / f"inside_{name}")
             with atomic_write(written[-1]) as aside:
                 pd.concat(frames).to_csv(aside, index=False)
-        if not args.keep:
+        if not (args.keep or args.runs or waiting):
             for folder in [cache, *(subject.run.folder / "states" for subject in subjects)]:
                 shutil.rmtree(folder, ignore_errors=True)
     except USER_ERRORS as error:
@@ -278,6 +289,13 @@ def main() -> None:
         print("interrupted: the same command goes on with the runs that it has not read", file=sys.stderr)
         sys.exit(130)
     print(f"-> {', '.join(map(str, written))}")
+    for name in waiting:
+        print(
+            f"{name} was not read: its uncorrupted run kept no weights; do that again, with --save_states",
+            file=sys.stderr,
+        )
+    if waiting:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import protocol
 import run_dir
 import unpad
 from config import RunConfig
+from prepared_run import device_of
 
 RUN_SECONDS = 1.0  # of a run besides training and evaluating
 
@@ -103,9 +104,12 @@ def relative_cost(run: RunConfig) -> float:
     return passes(run, count_rows(run.dataset, run.data_dir)) * encoder_weights(run.model)
 
 
-def finished_rates(output_dir: Path) -> dict[tuple, float]:
-    """Seconds of a token's pass, as in the finished runs of each (model, tuning, bf16)."""
-    rates: dict[tuple, list[float]] = {}
+def finished_rates(output_dir: Path, device: dict) -> dict[tuple, float]:
+    """Seconds of a token's pass, as in the finished runs of each (model, tuning, bf16) on that device; the median.
+
+    Of probes the mean: the first of a cell computes features, and the others read them.
+    """
+    spent: dict[tuple, list[tuple[float, float]]] = {}
     for path in output_dir.glob("runs/*/result.json"):
         try:
             result = run_dir.read_result(path.parent)
@@ -113,12 +117,14 @@ def finished_rates(output_dir: Path) -> dict[tuple, float]:
             whole = 3 * s["num_train_epochs"] * train + result["epochs"] * test  # evaluated after each, and at the end
             read = train + test if s["tuning"].startswith("probe") else whole
             read = (1 + s["corrupt_after"]) * read + len(result.get("steps", ())) * test
-            if s["max_steps"] < 0:
+            if s["max_steps"] < 0 and result["device"] == device:
                 seconds = max(0.1, result["seconds"]["total"] - RUN_SECONDS)
-                rates.setdefault((s["model"], s["tuning"], s["bf16"]), []).append(seconds / read)
+                spent.setdefault((s["model"], s["tuning"], s["bf16"]), []).append((seconds, read))
         except run_dir.UNREADABLE:
             continue
-    return {kind: statistics.median(of_kind) for kind, of_kind in rates.items()}
+    rates = {kind: statistics.median(seconds / read for seconds, read in runs) for kind, runs in spent.items()}
+    probes = {kind: np.sum(runs, axis=0) for kind, runs in spent.items() if kind[1].startswith("probe")}
+    return rates | {kind: seconds / read for kind, (seconds, read) in probes.items()}
 
 
 class StepTime(NamedTuple):
@@ -173,8 +179,9 @@ def rate_of(run: RunConfig, took: StepTime) -> float:
 
 def predict(runs: list[RunConfig], processes: int, threads: int) -> str:
     """A line that says what the runs cost on this machine, so many side by side, and what they would cost in bf16."""
-    finished, timed, sources = finished_rates(Path(runs[0].output_dir)), {}, set()
     torch.set_num_threads(threads)
+    device = device_of("cuda" if torch.cuda.is_available() else "cpu")
+    finished, timed, sources = finished_rates(Path(runs[0].output_dir), device), {}, set()
 
     def time_steps(run: RunConfig) -> float:
         if (run.model, run.bf16) not in timed:
@@ -183,8 +190,8 @@ def predict(runs: list[RunConfig], processes: int, threads: int) -> str:
 
     def rate(run: RunConfig) -> float:
         """Of finished runs; of finished runs in the other precision, times the ratio of the two; or of steps alone."""
-        other = replace(run, bf16=not run.bf16)
-        known, twin = (finished.get((one.model, one.tuning, one.bf16)) for one in (run, other))
+        name, other = models.name_in_results(run.model), replace(run, bf16=not run.bf16)
+        known, twin = (finished.get((name, one.tuning, one.bf16)) for one in (run, other))
         sources.add("finished runs" if known else "steps timed here")
         return known or time_steps(run) * (twin / time_steps(other) if twin else 1)
 

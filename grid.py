@@ -235,7 +235,7 @@ def find_missing(runs: list[RunConfig]) -> tuple[list[Run], list[str], list[str]
 def note_asked(names: list[str], output_dir: Path) -> None:
     """Keep in asked.json which runs this command asked for: aggregate.py says how many of them are missing."""
     path, asked = output_dir / "asked.json", {}
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError):
         asked = dict(json.loads(path.read_text(encoding="utf-8")))
     asked[shlex.join(["python", "grid.py", *sys.argv[1:]])] = names
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -54,9 +54,10 @@ REFERENCES = {"uncorrupted": (0, (4, 2)), "words": ":", "floor": (0, (1, 2))}  #
 def add_panels(kind: str, frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with columns `panel`, by which it is sorted, `label` of its line or map, and what is drawn."""
     label = [describe_corruption(*cell) for cell in zip(frame["side"], frame["percent"], strict=True)]
-    frame = frame.assign(
-        label=pd.Series(label, frame.index) + (", " + frame["method"]).where(frame["method"] != "reinit", "")
-    )
+    how = [
+        (", " + frame[name]).where(frame[name] != usual, "") for name, usual in (("method", "reinit"), ("parts", "all"))
+    ]
+    frame = frame.assign(label=pd.Series(label, frame.index) + how[0] + how[1])
     panel = frame["order"].map(ORDERS)
     if kind == "similarity":
         panel = frame["label"] + (", " + frame["order"]).where(frame["side"] != "none", ", two seeds")

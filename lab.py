@@ -260,6 +260,7 @@ def recovery_times(curves: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
         fell = first["uncorrupted"] - first["f1"] if (row["order"], first["step"]) == ("after", 0) else np.nan
         reached = curve.loc[recovery >= 0.9, "step"]
         t90 = "" if recovery.isna().all() else str(reached.iloc[0]) if len(reached) else "not reached"
-        area = np.trapezoid(recovery, curve["step"]) / max(1, last["step"] - first["step"])
+        width = last["step"] - first["step"]
+        area = np.trapezoid(recovery, curve["step"]) / width if width else np.nan
         rows.append(row | {"drop": fell, "t90": t90, "area": area})
     return pd.DataFrame(rows)

@@ -39,6 +39,12 @@ SAMPLES = (  # a tokenizer must read these as its tokenizer.json says
 )
 
 
+def name_in_results(name: str) -> str:
+    """What a model, as `find_model` takes it, is called in names of runs and in tables."""
+    own = name != "minilm" and Path(name).is_dir()
+    return Path(name).resolve().name if own else paper.model_name(name)
+
+
 def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None]:
     """The local folder of a model, downloaded if need be, and its hub revision (None if it has none).
 

@@ -124,7 +124,7 @@ def features_folder(run: Run, args: TrainingArguments) -> Path:
     of_head = {"learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"}
     settings = {name: value for name, value in run.settings.items() if name not in of_head}
     settings |= {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    settings |= {"device": device_of(args), "layers": run.config.probe_layers}
+    settings |= {"device": device_of(args.device.type), "layers": run.config.probe_layers}
     return run.work_dir.parent.with_name("features") / features.key_of(settings)
 
 
@@ -176,13 +176,13 @@ def optimizer_of(trainer: Trainer) -> dict:
     return {"optimizer": type(trainer.optimizer.optimizer).__name__, "groups": groups}
 
 
-def device_of(args: TrainingArguments) -> dict:
-    """The device that trains: numbers repeat on one kind of processor, with one number of threads."""
+def device_of(kind: str) -> dict:
+    """The device, "cpu" or "cuda", that trains: numbers repeat on one kind of processor, with one number of threads."""
     cpu = torch.cpu.get_capabilities()
     processor = f"{cpu.get('cpu_name', cpu['architecture'])}, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "type": args.device.type,
-        "name": torch.cuda.get_device_name() if args.device.type == "cuda" else processor,
+        "type": kind,
+        "name": torch.cuda.get_device_name() if kind == "cuda" else processor,
         "threads": torch.get_num_threads(),
     }
 

@@ -91,7 +91,12 @@ CHANGES_NUMBERS = re.compile(
 
 
 def check_environment() -> None:
-    """Raises InputError for a variable of the environment that would change numbers."""
+    """Raises InputError for a variable of the environment that would change numbers, or split a run."""
+    if (processes := os.environ.get("WORLD_SIZE", "")) not in ("", "1"):
+        raise InputError(
+            f"WORLD_SIZE={processes} in the environment, and a run is one process: leave out accelerate launch and "
+            "torchrun (grid.py --runs_per_gpu fills GPUs)"
+        )
     for name, value in sorted(os.environ.items()):
         harmless = ("", "0", "no", "none", "false", "strict") + (("1",) if name.endswith("ACCUMULATION_STEPS") else ())
         if CHANGES_NUMBERS.match(name) and value.lower() not in harmless:

@@ -4,11 +4,9 @@ Used by train.py and grid.py.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import data_prep
 import models
-import paper
 import places
 from config import FIELDS, NEUTRAL_VALUES, RESULTS_VERSION, Run, RunConfig
 from protocol import AFFECTS
@@ -26,11 +24,9 @@ def resolve_run(config: RunConfig, prepare: bool = True) -> Run | None:
     data = (data_prep.ensure_prepared if prepare else data_prep.up_to_date)(config.dataset, config.data_dir)
     if data is None:
         return None
-    own = config.model != "minilm" and Path(config.model).is_dir()
-    name = folder.resolve().name if own else paper.model_name(config.model)
     settings = {
         "results_version": RESULTS_VERSION,
-        "model": name,
+        "model": models.name_in_results(config.model),
         "model_fingerprint": models.model_fingerprint(folder),
         "side": place.side,
         "frac": str(place.frac),

@@ -39,7 +39,7 @@ KEPT = {
     "save_model": (True, ["model"]),
     "save_vectors": (True, ["vectors.npy"]),
     "probe_layers": ("all", ["layers.csv"]),
-    "save_states": (True, ["states", "inside"]),  # analyse.py deletes the states when it has read them
+    "save_states": (True, ["states", "inside"]),  # analyse.py makes the one of the other, and deletes that
 }
 
 
@@ -122,11 +122,9 @@ def keep_what_is_there(run: Run) -> Run:
         steps = read_result(run.folder).get("steps", [])
     except UNREADABLE:
         return run
-    there = {
-        setting: value
-        for setting, (value, names) in KEPT.items()
-        if any((run.folder / name).exists() for name in names)
-    }
+    if steps and run.config.resume:
+        raise InputError(f"{run.folder} has evaluations by step, which --resume does not keep: leave it out")
+    there = {setting: value for setting, (value, names) in KEPT.items() if (run.folder / names[0]).exists()}
     config = replace(run.config, eval_at=(*run.config.eval_at, *steps), **there)
     flags = []
     for name in (*KEPT, "eval_at"):
@@ -228,15 +226,22 @@ def run_workspace(run: Run) -> Iterator[Path]:
 
 
 def publish(run: Run) -> None:
-    """Put the folder `new` in the place of the run's, which is whole at every moment or not there."""
+    """Put the folder `new` in the place of the run's, which is whole at every moment or not there.
+
+    What analyse.py has found in the same weights, those of the same losses to the last digit, goes along.
+    """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(run.work_dir / "old", ignore_errors=True)
+    new, old = run.work_dir / "new", run.work_dir / "old"
+    shutil.rmtree(old, ignore_errors=True)
+    losses = [folder / "epochs.csv" for folder in (run.folder, new)]
+    if (run.folder / "inside").is_dir() and losses[0].is_file() and sha256_of(losses[0]) == sha256_of(losses[1]):
+        shutil.copytree(run.folder / "inside", new / "inside")
     if (log := run.work_dir / "log.txt").exists():
-        log.rename(run.work_dir / "new" / "log.txt")
+        log.rename(new / "log.txt")
     try:
         if run.folder.exists():
-            run.folder.rename(run.work_dir / "old")
-        (run.work_dir / "new").rename(run.folder)
+            run.folder.rename(old)
+        new.rename(run.folder)
     finally:
         put_back(run)
     discard(run, checkpoints_too=True)

@@ -99,7 +99,7 @@ def run_training(run: Run) -> dict:
         data = data_prep.load(run.config.dataset, run.config.data_dir, run.data["fingerprint"])
         weights, f1_before = fine_tune_uncorrupted(run, data) if run.config.corrupt_after else (None, None)
         trainer, order, test, corruption, speed, known, predicted = prepare_run(run, data, weights)
-        device = device_of(trainer.args)
+        device = device_of(trainer.args.device.type)
 
         checkpoint, before = (run_dir.last_checkpoint(run) if run.config.resume else None) or (None, {})
         timer, resumed_from = callbacks.TrainTimer(before.get("trained", 0.0)), before.get("resumed_from", [])
@@ -196,6 +196,8 @@ def run_training(run: Run) -> dict:
             save_model(trainer, run, new / "states")
             if weights is not None:
                 save_file(weights, new / "states" / "before.safetensors")
+            states = run_dir.list_files(new)
+            result["states"] = {name: of for name, of in states.items() if name.startswith("states/")}
         write_signed(new / "result.json", result)
         run_dir.publish(run)
         return result
@@ -304,8 +306,6 @@ def main() -> None:
     silence_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError("a run is one process: leave out accelerate launch (grid.py --runs_per_gpu fills GPUs)")
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # one GPU a run
         check(wanted)
         run = resolve.resolve_run(wanted)

@@ -414,7 +414,7 @@ def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     path = Path(__file__).with_suffix(".json")
     found = json.loads(path.read_text()) if path.exists() else {}
-    about = {"machine": torch.cpu.get_capabilities()["cpu_name"], "torch": torch.__version__}
+    about = {"machine": prepared_run.device_of("cpu")["name"], "torch": torch.__version__}
     about |= {"commit": common.git_commit(), "rounds": args.rounds}
     with tempfile.TemporaryDirectory() as folder:
         data_prep.prepare("rotten_tomatoes", train_size=384, test_size=192, data_dir=folder)

@@ -406,6 +406,29 @@ def test_runs_by_name(healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (cut / "inside" / "summary.csv").stat().st_mtime_ns == read
 
 
+# A corrupted run whose uncorrupted one kept no weights waits for it: it is not read alone, and no weights go. A run
+# that is done again, to keep more of it, keeps what was found.
+def test_a_run_without_its_partner(
+    healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    outputs = tmp_path / "outputs"
+    shutil.copytree(healed, outputs)
+    cut, after = (folder_of(outputs, pattern) for pattern in ("*bottom*seed0", "*after=True"))
+    shutil.rmtree(after)
+    whole = folder_of(outputs, "*none*seed0").rename(tmp_path / "failed")
+    with pytest.raises(SystemExit) as ended:
+        run_analyse(monkeypatch, "--output_dir", outputs)
+    assert ended.value.code == 1 and f"{cut.name} was not read: its uncorrupted run" in capsys.readouterr().err
+    assert not (cut / "inside").exists() and len(list(outputs.glob("runs/*/states"))) == 2
+    whole.rename(outputs / "runs" / folder_of(healed, "*none*seed0").name)
+    run_analyse(monkeypatch, "--output_dir", outputs)
+    assert not list(outputs.glob("runs/*/states"))
+    found = (cut / "inside" / "similarity.csv").read_bytes()
+    command = shlex.split(json.loads((cut / "result.json").read_text())["command"])[3:]
+    assert not train.run_or_reuse(run_of([*command, "--output_dir", str(outputs), "--save_vectors"]))[1]
+    assert (cut / "vectors.npy").exists() and (cut / "inside" / "similarity.csv").read_bytes() == found
+
+
 # What is wrong is told in one line, with exit code 2, and nothing is written.
 def test_refused_runs(
     healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, flags: list[str]
@@ -431,6 +454,9 @@ def test_refused_runs(
     assert "dataset is rotten_tomatoes and bbc_news" in refused(cut, other.folder)
     assert "has no saved states: delete it and do the run again with --save_states True" in refused(whole, bare.folder)
     assert "is not a run that can be read" in refused(whole, tmp_path)
+    weights = longer.folder / "states" / "model.safetensors"
+    shutil.copy(whole / "states" / "model.safetensors", weights)
+    assert f"{weights} is not what the run wrote" in refused(longer.folder, cut)
     assert "name two or more" in refused(whole)
     assert "run python grid.py --preset inside" in refused(output_dir=tmp_path / "nowhere")
     config_of = json.loads((cut / "result.json").read_text())

@@ -484,7 +484,7 @@ def test_one_process_a_run(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "a run is one process: leave out accelerate launch" in refused(monkeypatch, capsys, flags)
+    assert "WORLD_SIZE=2 in the environment, and a run is one process: leave out" in refused(monkeypatch, capsys, flags)
     assert not (tmp_path / "outputs").exists()
 
 
