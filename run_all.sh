@@ -11,7 +11,7 @@ code=0
 python grid.py "$@" || code=$?  # which prepares the data sets that the preset needs, as data_prep.py does
 case " $* " in *" --dry"[_-]"run "* | *" -h "* | *" --help"*) exit "$code" ;; esac
 if [ "$code" -le 1 ]; then  # 1: some runs failed, and the tables show what is there
-  python aggregate.py || code=1
+  python aggregate.py || code=$?
   if compgen -G "outputs/runs/*/states" >/dev/null; then
     python analyse.py || code=1
   fi

@@ -24,6 +24,8 @@ import callbacks
 import config
 import corrupt
 import data_prep
+import inside
+import lab
 import prepared_run
 import report
 import run_dir
@@ -386,6 +388,16 @@ def test_the_whole_way(
     assert {path.name.rpartition("_")[2] for path in (outputs / "figures").glob("inside_*.png")} == {
         f"{kind}.png" for kind in ("curves", "similarity", "barrier", "distance", "layers")
     }
+
+
+# Cells that differ in their parts alone have a line each; a curve of one step has no area.
+def test_parts_and_single_steps() -> None:
+    cell = {"model": "minilm", "variant": "", "method": "reinit", "order": "before", "side": "bottom", "percent": 50.0}
+    frame = pd.DataFrame([cell | {"parts": parts} for parts in ("all", "attention", "ffn")])
+    assert inside.add_panels("barrier", frame)["label"].nunique() == 3
+    curve = {"step": 10, "f1": 90.0, "uncorrupted": 90.0, "floor": 50.0, "recovery": 1.0, "seeds": 2, "runs": "a b"}
+    row = lab.recovery_times(pd.DataFrame([cell | {"parts": "all"} | curve]), [*cell, "parts"]).iloc[0]
+    assert row["t90"] == "10" and np.isnan(row["area"])
 
 
 # Two runs by name, the second against the first; a run against its own copy has CKA 1 and no barrier; weights stay.
