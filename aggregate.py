@@ -144,8 +144,8 @@ def other_settings(result: dict) -> dict[str, str]:
     """
     rows, split_seed = result["data"]["rows"], result["data"]["request"]["seed"]
     prepared = {"train_size": rows["train"], "test_size": rows["test"], "split_seed": split_seed}
-    settings = prepared | result["settings"]
-    settings |= {name: value for name, value in NEUTRAL_VALUES.items() if settings.get(name, value) == value}
+    settings = NEUTRAL_VALUES | prepared | result["settings"]
+    settings |= {name: value for name, value in NEUTRAL_VALUES.items() if settings[name] == value}
     own = {*RUN, *OF_CORRUPTION, *PROTOCOL, "frac"}
     return {name: json.dumps(value).strip('"') for name, value in settings.items() if name not in own}
 
