@@ -140,7 +140,7 @@ def result_row(result: dict) -> dict:
 def other_settings(result: dict) -> dict[str, str]:
     """A run's settings as JSON, beside those of RUN; what its result lacks has the value that it was made with.
 
-    A neutral value has one spelling, 0 for 0.0; what has become a part of the protocol is no setting.
+    A neutral value has one spelling, 0 for 0.0. What has become a part of the protocol is not a setting.
     """
     rows, split_seed = result["data"]["rows"], result["data"]["request"]["seed"]
     prepared = {"train_size": rows["train"], "test_size": rows["test"], "split_seed": split_seed}

@@ -193,7 +193,8 @@ def test_the_papers_models_have_one_name(run: Run, monkeypatch: pytest.MonkeyPat
 # A folder that happens to be called minilm is not what --model minilm takes, nor does it give its name.
 def test_minilm_is_not_a_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     minilm = replace(run.config, model="minilm", data_dir=str(Path(run.config.data_dir).resolve()))
-    (tmp_path / "minilm").mkdir()
+    (tmp_path / "another").mkdir()
+    (tmp_path / "minilm").symlink_to("another")
     monkeypatch.chdir(tmp_path)
     assert resolve.resolve_run(minilm).settings["model"] == "minilm"
 
@@ -210,8 +211,8 @@ def test_long_names(run: Run) -> None:
     config_of = {scale: {"lr_scheduler_kwargs": "x" * 300 + scale} for scale in "ab"}
     first, second = (resolve.resolve_run(replace(run.config, trainer=trainer)).name for trainer in config_of.values())
     assert first != second and len(first) == len(second) == 200
-    wide = config.run_name(run.settings | {"dataset": "数据" * 60, "max_length": 32})
-    assert 180 < len(wide.encode()) <= 200 and wide != config.run_name(run.settings | {"dataset": "数据" * 60})
+    wide = config.run_name(run.settings | {"dataset": "数据" * 35, "max_length": 32})
+    assert 180 < len(wide.encode()) <= 200 and wide != config.run_name(run.settings | {"dataset": "数据" * 35})
 
 
 # What a run is called, and whether its result is valid, is told without a second of imports.
