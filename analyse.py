@@ -280,8 +280,9 @@ def main() -> None:
             written.append(output_dir / f"inside_{name}")
             with atomic_write(written[-1]) as aside:
                 pd.concat(frames).to_csv(aside, index=False)
-        if not (args.keep or args.runs or waiting):
-            for folder in [cache, *(subject.run.folder / "states" for subject in subjects)]:
+        if not args.keep:
+            read = () if args.runs or waiting else subjects  # others may need what these have
+            for folder in [cache, *(subject.run.folder / "states" for subject in read)]:
                 shutil.rmtree(folder, ignore_errors=True)
     except USER_ERRORS as error:
         fail(error)

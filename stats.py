@@ -79,8 +79,8 @@ def collapse_stats(predictions: pd.DataFrame) -> dict[str, float | bool]:
     labels, guesses = (np.bincount(predictions[name]) / len(predictions) for name in ("label", "prediction"))
     most = guesses.argmax()
     of_most = labels[most] if most < len(labels) else 0.0
-    kappa = cohen_kappa_score(predictions["label"], predictions["prediction"], replace_undefined_by=0.0)
-    collapsed = bool(guesses[most] >= COLLAPSED and kappa < KAPPA)
+    pair = predictions["label"], predictions["prediction"]
+    collapsed = bool(guesses[most] >= COLLAPSED and cohen_kappa_score(*pair, replace_undefined_by=0.0) < KAPPA)
     constant = 100 * constant_f1(of_most) if collapsed else np.nan
     shares = {"most_predicted": 100 * guesses[most], "floor": 100 * max(class_floors(labels))}
     return {**shares, "collapsed": collapsed, "constant_f1": constant}

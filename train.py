@@ -196,8 +196,7 @@ def run_training(run: Run) -> dict:
             save_model(trainer, run, new / "states")
             if weights is not None:
                 save_file(weights, new / "states" / "before.safetensors")
-            states = run_dir.list_files(new)
-            result["states"] = {name: of for name, of in states.items() if name.startswith("states/")}
+            result["states"] = {f"states/{name}": of for name, of in run_dir.list_files(new / "states").items()}
         write_signed(new / "result.json", result)
         run_dir.publish(run)
         return result
