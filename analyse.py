@@ -282,8 +282,11 @@ def main() -> None:
                 pd.concat(frames).to_csv(aside, index=False)
         if not args.keep:
             read = () if args.runs or waiting else subjects  # others may need what these have
-            for folder in [cache, *(subject.run.folder / "states" for subject in read)]:
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(cache, ignore_errors=True)
+            for subject in read:  # whole: an end in between leaves no half of them
+                cache.mkdir(parents=True, exist_ok=True)
+                shutil.move(subject.weights, cache / subject.run.name)
+            shutil.rmtree(cache, ignore_errors=True)
     except USER_ERRORS as error:
         fail(error)
     except KeyboardInterrupt:

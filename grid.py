@@ -89,6 +89,7 @@ import torch
 import cost
 import data_prep
 import executors
+import models
 import places
 import progress
 import resolve
@@ -177,28 +178,40 @@ def check(wanted: RunConfig) -> None:
 
 
 def list_runs(runs: list[RunConfig], layout: executors.WorkerLayout) -> None:
-    """The dry run: each run as the command that does it alone, and what those that are missing will cost."""
+    """The dry run: each run as the command that does it alone, and what those that are missing will cost.
+
+    Runs of a model that is not here count, though nothing of the model is checked. Ends the process with exit code 1 if
+    some runs are refused; raises InputError if all are.
+    """
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    missing, notes = [], {}
+    missing, refused, notes, lines = [], 0, {}, []
     for run in runs:
         if not data_prep.up_to_date(run.dataset, run.data_dir):
             notes[f"{run.dataset} is not prepared: its tokens are at most those counted"] = run
-        done = None
+        state = "missing"
         try:
-            done = find_run(run)
-            if not done:
+            with suppress(models.NotHere):
+                state = "done" if find_run(run) else state
+            if state == "missing":
                 check(run)
-        except InputError as error:
+        except models.NotHere as error:
             notes[str(error)] = run
-        if not done:
-            missing.append(run)
-        print(f"{'done   ' if done else 'missing'} {run.command}")
-    print(*notes, sep="\n", end="\n" if notes else "")
-    print(f"{len(runs)} runs: {len(runs) - len(missing)} are there, {len(missing)} to do")
+        except InputError as error:
+            state, refused = "refused", refused + 1
+            notes[str(error)] = run
+            if refused == len(runs):
+                raise
+        missing += [run] if state == "missing" else []
+        lines.append(f"{state:7} {run.command}")
+    print(*lines, *notes, sep="\n")
+    there, cannot = len(runs) - len(missing) - refused, f", {refused} that cannot be done" if refused else ""
+    print(f"{len(runs)} runs: {there} are there, {len(missing)} to do{cannot}")
     if missing:
         held = max(map(cost.memory, missing)) / 1e9
         predicted = cost.predict(missing, layout.processes, layout.threads)
         print(f"{predicted} with {layout}; a run needs {held:.1f} GB of memory at most")
+    if refused:
+        sys.exit(1)
 
 
 def find_missing(runs: list[RunConfig]) -> tuple[list[Run], list[str], list[str]]:

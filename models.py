@@ -19,6 +19,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 import paper
 from common import InputError, explain, one_line, sha256_of
 
+
+class NotHere(InputError):
+    """A model that is not on this machine, and no hub answers."""
+
+
 MODEL_FILES = (
     "config.json",
     "*.safetensors",
@@ -121,7 +126,7 @@ def download_model(name: str, revision: str | None = None) -> Path | InputError:
         if problem:
             print(f"the hub cannot be reached ({problem}): {name} is read from the cache, {folder}", file=sys.stderr)
         return Path(folder)
-    return InputError(
+    return NotHere(
         f"{name!r} is not on this machine and the hub cannot be reached ({problem}): give --model minilm (embedded), "
         "a local folder, or fill the Hugging Face cache where there is a connection"
     )

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import run_of
-from transformers import BertConfig
+from conftest import random_model, run_of
+from transformers import AutoConfig, BertConfig
 
 import executors
 import grid
@@ -191,6 +191,37 @@ def test_a_model_that_is_not_there(
         grid.main()
     assert exit_info.value.code == 2 and len(asked) == 1 and not list(tmp_path.iterdir())
     assert "'no-such/model' is not on this machine" in capsys.readouterr().err
+
+
+# A dry run counts what can be done. A decoder has no [CLS]: its run is refused; one that is not here counts unchecked,
+# but for its flags. Where no run is left it ends as the grid does.
+def test_a_dry_run_of_runs_that_are_refused(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    shape_of, small = grid.cost.shape_of, AutoConfig.from_pretrained(tiny_bert)
+    decoder = random_model("gpt2", tmp_path / "decoder")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(grid.cost, "shape_of", lambda model: small if model == "no-such/model" else shape_of(model))
+
+    def dry_run(*words: object) -> tuple[int, str, str]:
+        flags = ["--preset", "table1", "--dataset", "rte", "--frac", "0", "--learning_rate", "1e-5", "--dry_run"]
+        where = ["--output_dir", tmp_path / "outputs", "--data_dir", tmp_path / "data"]
+        monkeypatch.setattr("sys.argv", ["grid.py", *flags, *map(str, [*where, "--model", *words])])
+        code = 0
+        try:
+            grid.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    code, listed, _ = dry_run(tiny_bert, decoder, "no-such/model")
+    words = [line.split()[0] for line in listed.splitlines()[:3]]
+    assert code == 1 and words == ["missing", "refused", "missing"] and "needs a head that reads [CLS] alone" in listed
+    assert "3 runs: 0 are there, 2 to do, 1 that cannot be done" in listed and "'no-such/model' is not on" in listed
+    code, listed, error = dry_run(decoder)
+    assert code == 2 and not listed and error.startswith("grid.py: error: --pooling cls") and error.count("\n") == 1
+    assert dry_run("no-such/model")[0] == 0 and dry_run("no-such/model", "--tuning", "nonsense")[0] == 2
+    assert not (tmp_path / "outputs").exists() and not (tmp_path / "data").exists()
 
 
 # A flag of a converged probe goes with the preset that has one, and with no other.

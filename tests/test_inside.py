@@ -418,8 +418,8 @@ def test_runs_by_name(healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (cut / "inside" / "summary.csv").stat().st_mtime_ns == read
 
 
-# A corrupted run whose uncorrupted one kept no weights waits for it: it is not read alone, and no weights go. A run
-# that is done again, to keep more of it, keeps what was found.
+# A corrupted run whose uncorrupted one kept no weights waits for it: it is not read alone, and no weights go. Killed
+# while the weights go, it goes on. A run that is done again, to keep more of it, keeps what was found.
 def test_a_run_without_its_partner(
     healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -433,8 +433,20 @@ def test_a_run_without_its_partner(
     assert ended.value.code == 1 and f"{cut.name} was not read: its uncorrupted run" in capsys.readouterr().err
     assert not (cut / "inside").exists() and len(list(outputs.glob("runs/*/states"))) == 2
     whole.rename(outputs / "runs" / folder_of(healed, "*none*seed0").name)
+
+    def killed(folder: Path, **how: bool) -> None:
+        if weights := next(Path(folder).rglob("*.safetensors"), None):
+            weights.unlink()
+            raise KeyboardInterrupt
+        rmtree(folder, **how)
+
+    rmtree = shutil.rmtree
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(shutil, "rmtree", killed)
+        run_analyse(monkeypatch, "--output_dir", outputs)
+    assert ended.value.code == 130 and (cut / "inside" / "similarity.csv").exists()
     run_analyse(monkeypatch, "--output_dir", outputs)
-    assert not list(outputs.glob("runs/*/states"))
+    assert not list(outputs.glob("runs/*/states")) and not list((outputs / "unfinished").iterdir())
     found = (cut / "inside" / "similarity.csv").read_bytes()
     command = shlex.split(json.loads((cut / "result.json").read_text())["command"])[3:]
     assert not train.run_or_reuse(run_of([*command, "--output_dir", str(outputs), "--save_vectors"]))[1]
