@@ -261,16 +261,12 @@ def two_models(cells: pd.DataFrame, runs: pd.DataFrame, predictions: dict[str, p
 def missing_lines(output_dir: Path, runs: pd.Series, cells: pd.DataFrame) -> list[str]:
     """What is missing of the runs that grids were asked for, and of the paper's cells if a model of the paper is here.
 
-    Raises InputError if asked.json, in which grid.py leaves each command and its runs, cannot be read.
+    Raises InputError if asked.json cannot be read.
     """
-    path, lines = output_dir / "asked.json", []
-    try:
-        asked = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for command, names in asked.items():
-            if missing := len(set(names) - set(runs)):
-                lines.append(f'{missing} of {len(names)} runs of "{" ".join(command.split())}" are missing')
-    except run_dir.UNREADABLE as error:
-        raise InputError(f"{path} cannot be read: {why(error)}; delete it, and do the grid's command again") from error
+    lines = []
+    for command, names in run_dir.read_asked(output_dir).items():
+        if missing := len(set(names) - set(runs)):
+            lines.append(f'{missing} of {len(names)} runs of "{" ".join(command.split())}" are missing')
     if cells["model"].isin(LAYERS).any():
         paper = published_cells()[PLACE]
         ours = paper.merge(cells[PLACE].drop_duplicates())["table"].value_counts()

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import config
 import paper
-from common import USER_ERRORS, InputError, atomic_write, fail, fraction, make_parser
+from common import USER_ERRORS, InputError, atomic_write, fail, file_lock, fraction, make_parser
 
 AXES = {  # name: type, help
     "model": (str, "minilm, local folders, or hub ids"),
@@ -247,12 +247,9 @@ def find_missing(runs: list[RunConfig]) -> tuple[list[Run], list[str], list[str]
 
 def note_asked(names: list[str], output_dir: Path) -> None:
     """Keep in asked.json which runs this command asked for: aggregate.py says how many of them are missing."""
-    path, asked = output_dir / "asked.json", {}
-    with suppress(OSError, ValueError, TypeError):
-        asked = dict(json.loads(path.read_text(encoding="utf-8")))
-    asked[shlex.join(["python", "grid.py", *sys.argv[1:]])] = names
     output_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as aside:
+    with file_lock(output_dir / ".asked.lock"), atomic_write(output_dir / "asked.json") as aside:
+        asked = run_dir.read_asked(output_dir) | {shlex.join(["python", "grid.py", *sys.argv[1:]]): names}
         aside.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 
 

@@ -43,6 +43,14 @@ KEPT = {
 }
 
 
+def read_asked(output_dir: Path) -> dict[str, list[str]]:
+    """The names of the runs that each command of grid.py asked for. Raises InputError if the file cannot be read."""
+    path = output_dir / "asked.json"
+    with explain(f"{path} cannot be read, delete it and do the grid's command again", *UNREADABLE):
+        asked = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {command: list(dict.fromkeys(names)) for command, names in asked.items()}
+
+
 def refuse(reason: str) -> None:
     print(f"{reason}: running it again", file=sys.stderr)
 

@@ -1,8 +1,10 @@
 """Which runs a preset needs, counted by hand from the paper's tables, in what order, and who does them."""
 
+import json
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import pytest
@@ -222,6 +224,26 @@ def test_a_dry_run_of_runs_that_are_refused(
     assert code == 2 and not listed and error.startswith("grid.py: error: --pooling cls") and error.count("\n") == 1
     assert dry_run("no-such/model")[0] == 0 and dry_run("no-such/model", "--tuning", "nonsense")[0] == 2
     assert not (tmp_path / "outputs").exists() and not (tmp_path / "data").exists()
+
+
+# What another grid notes in the meantime stays; a file that cannot be read stays as it is.
+def test_two_grids_note_what_they_were_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["grid.py", "--frac", "0"])
+    path, note = tmp_path / "asked.json", Thread(target=grid.note_asked, args=(["a", "b"], tmp_path))
+    with grid.file_lock(tmp_path / ".asked.lock"):
+        note.start()
+        note.join(timeout=0.3)
+        assert note.is_alive() and not path.exists()
+        path.write_text('{"python grid.py": ["c"]}')
+    note.join()
+    assert json.loads(path.read_text()) == {"python grid.py": ["c"], "python grid.py --frac 0": ["a", "b"]}
+    path.write_text('{"python grid.py": ')
+    with pytest.raises(InputError, match="cannot be read, delete it and do the grid's command again"):
+        grid.note_asked(["d"], tmp_path)
+    assert path.read_text() == '{"python grid.py": ' and {it.name for it in tmp_path.iterdir()} <= {
+        path.name,
+        ".asked.lock",
+    }
 
 
 # A flag of a converged probe goes with the preset that has one, and with no other.
