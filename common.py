@@ -13,6 +13,7 @@ from fractions import Fraction
 from functools import cache
 from hashlib import file_digest, sha256
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 from uuid import uuid4
 
@@ -27,6 +28,15 @@ class RunError(RuntimeError):
     """A run that did not end well; `failure.json` in its folder has the reason."""
 
 
+def tell(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """Ctrl-C that nobody waits for, as while packages are imported, ends a script with a line and no traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, where)
+
+
+sys.excepthook = tell
 USER_ERRORS = (InputError, RunError, OSError)  # told in one line, with exit code 2
 
 

@@ -47,6 +47,24 @@ def test_help_all_has_every_flag_of_the_trainer(monkeypatch: pytest.MonkeyPatch,
     assert not [field.name for field in dataclasses.fields(TrainingArguments) if f"--{field.name} " not in text]
 
 
+# Ctrl-C while torch is imported: a line and no traceback, and the shell is told that a key ended it.
+@pytest.mark.parametrize("script", ["train.py", "grid.py"])
+def test_a_key_while_packages_are_imported(script: str) -> None:
+    run = f"""
+import os, runpy, signal, sys
+class Key:
+    def find_spec(name, *_):
+        if name == "{"stats" if script == "aggregate.py" else "torch"}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Key)
+sys.argv = ["{script}"]
+runpy.run_path("{script}", run_name="__main__")
+"""
+    root = Path(train.__file__).parent
+    ended = subprocess.run([sys.executable, "-c", run], cwd=root, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == -signal.SIGINT and ended.stderr == "interrupted\n"
+
+
 # train.py and grid.py tell help and a wrong flag without the seconds that torch takes.
 @pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--no_such_flag", 2)])
 def test_told_before_torch_is_imported(flag: str, code: int) -> None:
