@@ -20,7 +20,7 @@ from pathlib import Path
 
 import paper
 from common import InputError, fail, fraction, make_parser
-from protocol import AFFECTS, NEUTRAL, PROTOCOL, RANGES
+from protocol import AFFECTS, NEUTRAL, OF_FROZEN, PROTOCOL, RANGES
 
 RESULTS_VERSION = 5  # raise it when this code would give other numbers for the same settings: results are made again
 SIDES = ("none", "bottom", "top", "all")  # of a run; other places are named by their layers
@@ -199,6 +199,11 @@ class RunConfig:
     def uncorrupted(self) -> bool:
         return self.layers is None and (self.corrupt == "none" or self.frac == 0)
 
+    @property
+    def padded(self) -> bool:
+        """Whether the encoder is the library's own: a converged probe reads every layer, and every token of it."""
+        return self.no_unpadding or self.tuning == "probe_converged"
+
     def without_corruption(self) -> "RunConfig":
         """The same run of the uncorrupted model."""
         names = ("corrupt", "frac", "layers", "kaiming_a", "corrupt_seed", *OF_CORRUPTION)
@@ -206,10 +211,14 @@ class RunConfig:
 
     def _without_training(self) -> None:
         """A converged probe takes no steps: its learning rate and its epochs are 0, whatever the defaults are."""
-        for name in ("learning_rate", "num_train_epochs", "max_steps"):
-            if getattr(self, name) not in (FIELDS[name].default, 0.0):
+        zero = {"learning_rate": 0.0, "num_train_epochs": 0.0}
+        names = [*zero, "max_steps", "per_device_train_batch_size", "head_seed", "data_seed", "no_unpadding"]
+        usual = {name: FIELDS[name].default for name in names} | AFFECTS
+        for name, value in ({name: getattr(self, name) for name in names} | self.trainer).items():
+            if name in usual and name not in OF_FROZEN and value not in (usual[name], zero.get(name, usual[name])):
                 raise InputError(f"--tuning probe_converged does not take --{name}: it trains until it has converged")
-            object.__setattr__(self, name, 0.0 if name != "max_steps" else -1)
+        for name, value in zero.items():
+            object.__setattr__(self, name, value)
         if self.pooling != "cls":
             raise InputError("--pooling is what a head reads: --tuning probe_converged takes --probe_reads mean")
 

@@ -208,8 +208,7 @@ def prepare_run(run: Run, data: datasets.DatasetDict, weights: dict[str, torch.T
 
     model, corruption = load_model(run, data, weights)
     tunings.TUNINGS[wanted.tuning](model, corruption, wanted)  # first: lora puts modules in the place of others
-    plain = wanted.no_unpadding or args.device.type != "cpu"  # none of it has been measured on a GPU
-    plain |= wanted.tuning == "probe_converged"  # which reads every layer and every token
+    plain = wanted.padded or args.device.type != "cpu"  # none of it has been measured on a GPU
     speed = {"unpadded": unpad.speed_up_encoder(model, wanted.pooling, plain)}
     rows, collator = READS.get(wanted.tuning, read_tokens)(Trainable(model, tokens, tokenizer, run, args))
     metric, predicted = evaluate.load(str(METRIC), keep_in_memory=True), []

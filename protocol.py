@@ -63,6 +63,7 @@ AFFECTS = {
     **dict.fromkeys(("fp16", "full_determinism", "use_cpu", "use_cache"), False),
     **dict.fromkeys(("torch_compile", "use_liger_kernel", "dataloader_persistent_workers"), False),
 }
+OF_FROZEN = ("per_device_eval_batch_size", "fp16", "tf32", "full_determinism", "use_cpu")  # those of a converged probe
 NEUTRAL = frozenset(  # what cannot change a number
     re.findall(
         r"\w+",

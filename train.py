@@ -72,7 +72,7 @@ def check(wanted: RunConfig) -> None:
     longest = model_check.longest_input(folder)
     if not 8 <= wanted.max_length <= longest:
         raise InputError(f"--max_length {wanted.max_length} is not from 8 to {longest}, what {wanted.model} can read")
-    model_check.check_model(folder, models.model_fingerprint(folder), wanted.pooling, wanted.no_unpadding)
+    model_check.check_model(folder, models.model_fingerprint(folder), wanted.pooling, wanted.padded)
 
 
 def fine_tune_uncorrupted(run: Run, data: datasets.DatasetDict) -> tuple[dict[str, torch.Tensor], float]:

@@ -98,6 +98,10 @@ def test_cls_of_left_padded_rows() -> None:
     [
         (["--learning_rate", "1e-3"], "does not take --learning_rate"),
         (["--num_train_epochs", "3"], "does not take --num_train_epochs"),
+        (["--per_device_train_batch_size", "16"], "does not take --per_device_train_batch_size"),
+        (["--weight_decay", "0.1"], "does not take --weight_decay"),
+        (["--data_seed", "0", "--seed", "1"], "does not take --data_seed"),
+        (["--no_unpadding", "True"], "does not take --no_unpadding"),
         (["--pooling", "mean"], "takes --probe_reads mean"),
         (["--probe_reads", "pooler", "--probe_layers", "all"], "reads the last layer alone"),
         (["--save_model", "True"], "needs full"),
@@ -106,6 +110,7 @@ def test_cls_of_left_padded_rows() -> None:
 def test_what_a_converged_probe_has_not(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         run_of([*CONVERGED, "--model", "minilm", *words])
+    train.RunConfig(tuning="probe_converged", corrupt_seed=3, trainer={"per_device_eval_batch_size": 8})
     with pytest.raises(InputError, match="is of --tuning probe_converged"):
         run_of(["--model", "minilm", "--probe_reads", "mean"])
 
