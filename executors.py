@@ -152,7 +152,9 @@ class RayPool:
     here; so are the prepared rows to a machine that has not the same.
     """
 
-    def __init__(self, output_dir: str, data_dir: str, runs_per_gpu: int, memory: Callable[[RunConfig], float]) -> None:
+    def __init__(
+        self, output_dir: str, data_dir: str, runs_per_gpu: int | None, memory: Callable[[RunConfig], float]
+    ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
@@ -174,7 +176,11 @@ class RayPool:
         with explain("no Ray cluster", Exception):  # Ray's own are of every kind
             ray.init(address, runtime_env=code, logging_level="error", log_to_driver=False)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in the grid's place
-        self.gpu_part = 1 / runs_per_gpu if ray.cluster_resources().get("GPU") else 0
+        gpus = ray.cluster_resources().get("GPU")
+        if runs_per_gpu and not gpus:
+            ray.shutdown()
+            raise InputError("--runs_per_gpu needs a GPU, and the cluster has none: leave it out")
+        self.gpu_part = 1 / (runs_per_gpu or 1) if gpus else 0
         self.machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.rows: dict[str, object] = {}  # of each data set, where Ray keeps them
         with explain(f"{self.token} cannot be written", OSError):

@@ -314,7 +314,7 @@ def run_missing(missing: list[Run], args: argparse.Namespace, layout: executors.
     if layout:
         pool = executors.LocalPool(layout)
     else:
-        pool = executors.RayPool(base.output_dir, base.data_dir, args.runs_per_gpu or 1, cost.memory)
+        pool = executors.RayPool(base.output_dir, base.data_dir, args.runs_per_gpu, cost.memory)
     try:
         with closing(pool):
             failures = dispatch(missing, pool)

@@ -26,6 +26,7 @@ import data_prep
 import executors
 import run_dir
 import train
+from common import InputError
 from executors import WorkerLayout, run_in_process
 
 ROOT = Path(executors.__file__).parent
@@ -160,6 +161,7 @@ def test_a_killed_grid(flags: list[str]) -> None:
 
 # A machine that sees the output folder writes there; one that does not gets the rows and sends the result. Both give
 # the numbers of this machine's processes. The set is a user's own, of which the files are on this machine alone.
+# A part of a GPU of a cluster that has none is refused.
 def test_ray(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -174,7 +176,7 @@ def test_ray(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with local_pool(1, 1) as pool:
         lines = [line for _, _, line in pool.run_all(here)]
     shutil.rmtree(own)
-    with contextlib.closing(executors.RayPool(str(tmp_path / "outputs"), str(data), 1, cost.memory)) as cluster:
+    with contextlib.closing(executors.RayPool(str(tmp_path / "outputs"), str(data), None, cost.memory)) as cluster:
         shared, apart = runs
         assert [outcome[1:] for outcome in cluster.run_all([shared])] == [("done", lines[0])]
         cluster.token.unlink()
@@ -184,4 +186,8 @@ def test_ray(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert run_dir.load_valid_result(run)["commit"] == run_dir.load_valid_result(other)["commit"]
         for name in ("epochs.csv", "predictions.csv.gz"):
             assert (run.folder / name).read_bytes() == (other.folder / name).read_bytes()
+    assert list((tmp_path / "outputs" / "unfinished").iterdir()) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(InputError, match="--runs_per_gpu needs a GPU, and the cluster has none"):
+        executors.RayPool(str(tmp_path / "outputs"), str(data), 2, cost.memory)
     assert list((tmp_path / "outputs" / "unfinished").iterdir()) == []
