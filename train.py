@@ -36,7 +36,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from filelock import Timeout
 from safetensors.torch import save_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_utils import SaveStrategy
 
 import callbacks
@@ -51,7 +51,7 @@ import run_dir
 import stats
 import tunings
 import unpad
-from common import USER_ERRORS, InputError, RunError, fail, git_commit, in_worker, one_line, write_signed
+from common import USER_ERRORS, InputError, RunError, explain, fail, git_commit, in_worker, one_line, write_signed
 from config import Run, RunConfig
 from prepared_run import device_of, in_force, optimizer_of, prepare_run, training_arguments
 
@@ -64,8 +64,11 @@ def check(wanted: RunConfig) -> None:
     """Check all that can be checked before the rows are prepared and a weight is loaded. Raises InputError."""
     if wanted.tuning not in tunings.TUNINGS:
         raise InputError(f"--tuning {wanted.tuning} is not known: choose from {', '.join(tunings.TUNINGS)}")
-    training_arguments(wanted, Path(), "")
+    args = training_arguments(wanted, Path(), "")
     folder, _ = models.find_model(wanted.model, wanted.revision)
+    with explain("the library refuses these flags", Exception):
+        Trainer.get_optimizer_cls_and_kwargs(args, corrupt.empty_model(folder))
+        get_scheduler(args.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1, args.lr_scheduler_kwargs)
     corrupt.check_corruptible(folder, corrupt.Corruption.of(wanted))
     if wanted.probe_reads == "pooler" and getattr(corrupt.empty_model(folder).base_model, "pooler", None) is None:
         raise InputError(f"{wanted.model} has no pooler: give --probe_reads cls or mean")
