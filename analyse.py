@@ -285,7 +285,7 @@ def main() -> None:
             shutil.rmtree(cache, ignore_errors=True)
             for subject in read:  # whole: an end in between leaves no half of them
                 cache.mkdir(parents=True, exist_ok=True)
-                shutil.move(subject.weights, cache / subject.run.name)
+                shutil.move(subject.run.folder / "states", cache / subject.run.name)
             shutil.rmtree(cache, ignore_errors=True)
     except USER_ERRORS as error:
         fail(error)
