@@ -139,8 +139,8 @@ class RunConfig:
         positive = ["per_device_train_batch_size", "lora_rank", "lora_alpha"]
         positive += ["num_train_epochs"] * (self.tuning != "probe_converged")
         for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"--{name} {getattr(self, name)} is not above 0")
+            if not 0 < getattr(self, name) < 2**31:
+                raise InputError(f"--{name} {getattr(self, name)} is not above 0 and below 2^31")
         for name, (low, below) in RANGES.items():
             if (value := self.trainer.get(name)) is not None and not low <= value < below:
                 limit = "" if below == math.inf else f" and below {below}"

@@ -208,11 +208,11 @@ def check_corruptible(folder: Path, how: Corruption) -> None:
     targets_of(model, select_layers(how.corrupt, how.frac, num_layers, how.layers), how)
 
 
-def targets_of(model: PreTrainedModel, place: Place, how: Corruption) -> list[Target]:
-    """The parameters that the method is to change. Raises InputError if it does not fit the severity or the place."""
+def check_method(how: Corruption) -> None:
+    """Raises InputError for an unknown method, or a severity that does not fit it."""
     if how.method not in METHODS:
         raise InputError(f"--method {how.method} is not known: choose from {', '.join(METHODS)}")
-    method, targets = METHODS[how.method], plan_corruption(model, place, how.parts)
+    method = METHODS[how.method]
     if not abs(how.kaiming_a) <= 1e6:
         raise InputError(f"--kaiming_a {how.kaiming_a} is not from -1e6 to 1e6")
     if method.severity is None and how.severity is not None:
@@ -220,6 +220,12 @@ def targets_of(model: PreTrainedModel, place: Place, how: Corruption) -> list[Ta
         raise InputError(f"--severity {how.severity} is not for --method {how.method}: leave it out, or take {takers}")
     if method.severity and not (how.severity is not None and method.severity[1](how.severity)):
         raise InputError(f"--method {how.method} needs a --severity {method.severity[0]}, and it is {how.severity}")
+
+
+def targets_of(model: PreTrainedModel, place: Place, how: Corruption) -> list[Target]:
+    """The parameters that the method is to change. Raises InputError if it does not fit the severity or the place."""
+    check_method(how)
+    method, targets = METHODS[how.method], plan_corruption(model, place, how.parts)
     if method.layers_only and (how.parts != "all" or place.outside):
         raise InputError(f"--method {how.method} takes whole layers: leave out --parts, embeddings and pooler")
     if how.method == "permute" and place.layers:

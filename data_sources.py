@@ -199,12 +199,18 @@ def read_cells(content: bytes, delimiter: str) -> pd.DataFrame:
 
 
 def read_jsonl(content: bytes) -> pd.DataFrame:
-    """JSON Lines, every value as it is. Raises ValueError if a line is not a JSON object."""
+    """JSON Lines, every value as it is. Raises ValueError if a line is not a JSON object, or has a key twice."""
     rows = []
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
     for number, line in enumerate(content.decode("utf-8-sig").split("\n"), 1):
         if line.strip():
             with explain(f"line {number} is not JSON", ValueError, RecursionError):
-                rows.append(json.loads(line))
+                rows.append(json.loads(line, object_pairs_hook=once))
             if not isinstance(rows[-1], dict):
                 raise ValueError(f"line {number} is not a JSON object")
     return pd.DataFrame(rows, dtype=object)

@@ -104,9 +104,8 @@ def corruptions(sweep: paper.Sweep, layers: int) -> list[dict]:
     fracs = [Fraction(k, layers) for k in range(layers + 1)] if sweep.frac is None else sweep.frac
     if sweep.layers:
         named = [str(k + 1) for k in range(layers)] if sweep.layers == ("each",) else sweep.layers
-        for place in named:
-            places.select_layers("none", None, layers, place)  # raises InputError
-        return [{}] * (0 in fracs and "none" in sweep.corrupt) + [{"layers": place} for place in named]
+        once = {places.select_layers("none", None, layers, place): place for place in named}  # raises InputError
+        return [{}] * (0 in fracs and "none" in sweep.corrupt) + [{"layers": place} for place in once.values()]
     chosen = []
     for frac in (frac for frac in fracs if (frac * layers).denominator == 1):
         sides = {0: ("none",), 1: ("all",)}.get(frac, ("bottom", "top"))
@@ -284,6 +283,7 @@ def main() -> None:
     base = RunConfig(**ANY_PLACE | paper.PRESETS[args.preset][0].fixed | shared)
     try:
         runs = expand(paper.PRESETS[args.preset], axes, shared)
+        run_dir.read_asked(Path(base.output_dir))  # told before anything is prepared
         data_prep.check_names(dict.fromkeys(run.dataset for run in runs), base.data_dir)
         for run in runs:
             cost.count_rows(run.dataset, base.data_dir)  # reads a user's own: what is wrong with it is told first

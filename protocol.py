@@ -79,8 +79,9 @@ NEUTRAL = frozenset(  # what cannot change a number
 RANGES = {
     **dict.fromkeys(("label_smoothing_factor", "adam_beta1", "adam_beta2"), (0, 1)),
     **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("neftune_noise_alpha", "dataloader_num_workers"), (0, math.inf)),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), (1, math.inf)),
-    "per_device_eval_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, 2**31),
 }
 
 # Variables of the environment that change numbers behind the flags: refused unless their value says no. Of accelerate's

@@ -48,7 +48,10 @@ def read_asked(output_dir: Path) -> dict[str, list[str]]:
     path = output_dir / "asked.json"
     with explain(f"{path} cannot be read, delete it and do the grid's command again", *UNREADABLE):
         asked = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return {command: list(dict.fromkeys(names)) for command, names in asked.items()}
+        lists = asked.values() if isinstance(asked, dict) else [None]
+        if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+            raise ValueError("it has not a list of names for each command")
+        return asked
 
 
 def refuse(reason: str) -> None:

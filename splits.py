@@ -4,6 +4,7 @@ Functions of frames alone. Splits are stratified, seeded and disjoint, and do no
 Used by data_prep.py.
 """
 
+import unicodedata
 from collections import Counter
 from itertools import combinations
 
@@ -26,9 +27,14 @@ def validate(frame: pd.DataFrame, spec: DatasetSpec) -> pd.DataFrame:
     for _, column in spec.columns:
         faults[f"no {column}"] = frame[column].isna()
         faults[f"a {column} that is not text, or has a NUL"] = ~frame[column].map(is_text)
-        faults[f"an empty {column}"] = frame[column].map(lambda cell: isinstance(cell, str) and not cell.strip())
+        faults[f"an empty {column}"] = frame[column].map(lambda cell: isinstance(cell, str) and not visible(cell))
     refuse(faults)
     return frame.astype({"label": int})
+
+
+def visible(text: str) -> bool:
+    """Whether it has a character besides separators and control characters, which tokenizers drop."""
+    return any(unicodedata.category(character)[0] not in "ZC" for character in text)
 
 
 def merge_splits(parts: Frames, published: dict[str, int], spec: DatasetSpec, as_published: bool) -> pd.DataFrame:

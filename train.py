@@ -64,12 +64,14 @@ def check(wanted: RunConfig) -> None:
     """Check all that can be checked before the rows are prepared and a weight is loaded. Raises InputError."""
     if wanted.tuning not in tunings.TUNINGS:
         raise InputError(f"--tuning {wanted.tuning} is not known: choose from {', '.join(tunings.TUNINGS)}")
-    args = training_arguments(wanted, Path(), "")
+    args, how = training_arguments(wanted, Path(), ""), corrupt.Corruption.of(wanted)
+    corrupt.check_method(how)
     folder, _ = models.find_model(wanted.model, wanted.revision)
     with explain("the library refuses these flags", Exception):
         Trainer.get_optimizer_cls_and_kwargs(args, corrupt.empty_model(folder))
-        get_scheduler(args.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1, args.lr_scheduler_kwargs)
-    corrupt.check_corruptible(folder, corrupt.Corruption.of(wanted))
+        optimizer = torch.optim.SGD([torch.zeros(1)], args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, args.lr_scheduler_kwargs)
+    corrupt.check_corruptible(folder, how)
     if wanted.probe_reads == "pooler" and getattr(corrupt.empty_model(folder).base_model, "pooler", None) is None:
         raise InputError(f"{wanted.model} has no pooler: give --probe_reads cls or mean")
     longest = model_check.longest_input(folder)

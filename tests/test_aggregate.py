@@ -315,7 +315,7 @@ def test_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     out = capsys.readouterr().out
     assert '\n2 of 4 runs of "python grid.py --preset paper" are missing\n' in out
     assert "--frac 0.5" not in out and "the paper's 320 cells" not in out
-    for text in ("{", "[]", '{"python": 3}', '{"python": [[1]]}', "[" * 100_000):
+    for text in ("{", "[]", '{"python": 3}', '{"python": "ab"}', '{"python": [[1]]}', "[" * 100_000):
         (tmp_path / "asked.json").write_text(text)
         said = run_main(tmp_path, monkeypatch)
         assert said != 0 and str(said).startswith(f"{tmp_path}/asked.json cannot be read") and "\n" not in said

@@ -59,6 +59,8 @@ def test_named_layers() -> None:
         "noise",
         "noise",
     ]
+    same = grid.expand(paper.PRESETS["methods"], {"layers": ("3-4", "3,4")}, {"method": "noise", "severity": 1.0})
+    assert [run.layers for run in same] == [None, "3,4"]  # one place, one run
     halves = grid.expand(paper.PRESETS["places"], {"frac": (Fraction(1, 2),)}, {"parts": "ffn"})
     assert {(run.corrupt, run.layers, run.parts) for run in halves} == {("bottom", None, "ffn"), ("top", None, "ffn")}
     with pytest.raises(InputError, match="'7' is not a place"):
@@ -223,6 +225,8 @@ def test_a_dry_run_of_runs_that_are_refused(
     code, listed, error = dry_run(decoder)
     assert code == 2 and not listed and error.startswith("grid.py: error: --pooling cls") and error.count("\n") == 1
     assert dry_run("no-such/model")[0] == 0 and dry_run("no-such/model", "--tuning", "nonsense")[0] == 2
+    half = ["no-such/model", "--frac", "1/2", "--severity", "0.5"]  # which reinit does not take
+    assert dry_run(*half, "--method", "noise")[0] == 0 and dry_run(*half)[0] == 2
     assert not (tmp_path / "outputs").exists() and not (tmp_path / "data").exists()
 
 

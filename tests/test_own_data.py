@@ -186,6 +186,9 @@ GOOD = b"text,label\na,x\nb,y\nc,x\n"
         ({"train.csv": b"text,label\na,3.25\nb,4e-1\n"}, "2 rows have a label that is a decimal number"),
         ({"train.csv": b"text,label\na,x\nb, \n"}, "1 rows have no label (the first is row 1)"),
         ({"train.csv": b"text,label\na,x\n ,y\n,y\n"}, "2 rows have an empty text (the first is row 1)"),
+        # a byte order mark, a zero-width space, a word joiner: tokenizers drop them
+        ({"train.csv": b"text,label\na,x\n\xef\xbb\xbf\xe2\x80\x8b\xe2\x81\xa0,y\n"}, "1 rows have an empty text"),
+        ({"test.csv": None, "test.jsonl": b'{"text": "a", "label": 0, "label": 1}\n'}, "a key stands twice"),
         ({"train.csv": b"text,label\na,x\nb,x\n"}, "the label 'x': there must be two classes at least"),
         ({"test.csv": b"text,label\na,x\nb,z\n"}, "a label in test that train lacks, 'z' (the first is row 1)"),
         ({"test.csv": b"text,label\na,x\nb,x\n"}, "the test split of 2 rows has no row of y: every class must"),

@@ -370,7 +370,12 @@ BERT = '{"model_type": "bert", "architectures": ["BertModel"]}'
         (["--label_smoothing_factor", "1"], "--label_smoothing_factor 1.0 is not a number from 0 on and below 1"),
         (["--adam_beta2", "2"], "not a number from 0 on and below 1"),
         (["--weight_decay=-1"], "not a number from 0 on"),
+        (["--neftune_noise_alpha", "nan"], "not a number from 0 on"),
+        (["--dataloader_num_workers=-1"], "not a number from 0 on"),
+        (["--per_device_train_batch_size", "99999999999999999999"], "not above 0 and below 2^31"),
         (["--lr_scheduler_kwargs", "steep"], "the library refuses these flags: "),
+        # 1e-3, the rate of this run
+        (["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"lr_end": 2e-3}'], "smaller than initial lr"),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr_rate should be set through the `lr_scheduler_kwargs`"),
         (["--optim", "lomo"], "You need to install `lomo_optim`"),
         (["--optim_args", "fast"], "the library refuses these flags: "),
