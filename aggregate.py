@@ -17,7 +17,6 @@ another version of this code did, is named on stderr and left out; the exit code
 
 import json
 import sys
-from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import data_sources
 import lab
 import run_dir
 import stats
-from common import InputError, atomic_write, make_parser, one_line, run_script
+from common import InputError, make_parser, one_line, run_script, write_together
 from config import FIELDS, NEUTRAL_VALUES, OF_CORRUPTION, RunConfig, exact
 from paper import CLAIMS, LAYERS, TABLES, TEST_ROWS, published_cells, table_of
 from protocol import PROTOCOL
@@ -324,9 +323,7 @@ def main() -> None:
                 f"table{n}.md": plain_markdown(texts[f"table{n}"]),
                 f"table{n}.tex": plain_latex(texts[f"table{n}"]),
             }
-        with ExitStack() as stack:  # all files or none
-            for name, text in files.items():
-                stack.enter_context(atomic_write(output_dir / name)).write_text(text, encoding="utf-8")
+        write_together(output_dir, "aggregate", files)
         kinds = [f"table{n}.{kind}" for n in (*TABLES, *lab.LAB_TABLES) for kind in ("csv", "md", "tex")]
         for name in {*kinds, "lab.csv", "curves.csv", "recovery.csv"} - files.keys():
             (output_dir / name).unlink(missing_ok=True)  # of runs that are gone

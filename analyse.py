@@ -39,7 +39,17 @@ import run_dir
 import stats
 import train
 import unpad
-from common import USER_ERRORS, InputError, atomic_write, explain, fail, make_parser, one_line, run_script, sha256_of
+from common import (
+    USER_ERRORS,
+    InputError,
+    explain,
+    fail,
+    make_parser,
+    one_line,
+    run_script,
+    sha256_of,
+    write_together,
+)
 from config import NEUTRAL_VALUES, Run, RunConfig
 from prepared_run import load_model, load_rows
 
@@ -274,12 +284,15 @@ def main() -> None:
             against = f"against {partner.run.name}" if partner else "alone: no other uncorrupted run kept its weights"
             print(f"[{number} of {len(todo)}] {subject.run.name} {against}", flush=True)
             write_inside(subject.run.folder, analyse(subject, partner, cache))
-        written = []
-        for name in sorted({path.name for path in output_dir.glob("runs/*/inside/*.csv")}):
-            frames = [pd.read_csv(path, dtype=str) for path in sorted(output_dir.glob(f"runs/*/inside/{name}"))]
-            written.append(output_dir / f"inside_{name}")
-            with atomic_write(written[-1]) as aside:
-                pd.concat(frames).to_csv(aside, index=False)
+        found: dict[str, list[pd.DataFrame]] = {}
+        for path in sorted(output_dir.glob("runs/*/inside/*.csv")):
+            advice = f"delete {path.parent.parent}, and do the run again with --save_states"
+            with explain(f"{path} cannot be read, {advice}", OSError, ValueError, KeyError):
+                frame = pd.read_csv(path, dtype=str)
+                if set(frame["run"]) != {path.parent.parent.name}:
+                    raise ValueError("it is of another run")
+                found.setdefault(f"inside_{path.name}", []).append(frame)
+        write_together(output_dir, "analyse", {name: pd.concat(of).to_csv(index=False) for name, of in found.items()})
         if not args.keep:
             read = () if args.runs or waiting else subjects  # others may need what these have
             shutil.rmtree(cache, ignore_errors=True)
@@ -292,7 +305,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on with the runs that it has not read", file=sys.stderr)
         sys.exit(130)
-    print(f"-> {', '.join(map(str, written))}")
+    print(f"-> {', '.join(str(output_dir / name) for name in found)}")
     for name in waiting:
         print(
             f"{name} was not read: its uncorrupted run kept no weights; do that again, with --save_states",

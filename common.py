@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import cache
 from hashlib import file_digest, sha256
@@ -92,6 +92,26 @@ def read_signed(path: Path) -> dict:
     if end != f'{sha256(text.encode()).hexdigest()}"\n}}\n':
         raise ValueError(f"{path.name} is not what the run wrote, or of an older version")
     return json.loads(whole)
+
+
+def write_together(folder: Path, script: str, files: dict[str, str]) -> None:
+    """Write a script's files into the folder, all or none, and last the CSVs' digests, as `sha256sum -c` reads them."""
+    csvs = {name: text for name, text in files.items() if name.endswith(".csv")}
+    digests = "".join(f"{sha256(text.encode()).hexdigest()}  {name}\n" for name, text in csvs.items())
+    with ExitStack() as stack:  # it renames the first one last
+        for name, text in ({f"{script}.sha256": digests} | files).items():
+            stack.enter_context(atomic_write(folder / name)).write_bytes(text.encode())
+
+
+def check_together(folder: Path, script: str) -> set[str]:
+    """The names of the CSVs that the script wrote there. Raises InputError unless all are as it wrote them."""
+    again, path = f"run python {script}.py --output_dir {folder} first", folder / f"{script}.sha256"
+    with explain(f"the files of {script}.py are not there, {again}", OSError, ValueError):
+        lines = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+        changed = [name for digest, name in lines if sha256_of(folder / name) != digest]
+    if changed:
+        raise InputError(f"{folder / changed[0]} is not what {script}.py wrote: {again}")
+    return {name for _, name in lines}
 
 
 def file_lock(path: Path) -> FileLock:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aggregate import CELL, read_csv
+from common import check_together
 from lab_plots import PALETTE
 from paper import dataset_title
 from plots import COLUMN, GREY, LINES, STYLE, describe_corruption, describe_model, file_stem, own_ids, save
@@ -25,12 +26,14 @@ FIGURE = ["model", "variant", "dataset", "pooling", "tuning"]  # what one figure
 def read(output_dir: Path, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The frames that are there: of analyse.py, for the `runs` (results.csv), with their cells; `curves`; and `cells`,
     a row for each cell that was measured: recovery.csv, of its `runs`, and the means of what analyse.py found, over
-    those that it was `found_in`."""
+    those that it was `found_in`. Raises InputError if a file is not what was written."""
     frames, recovery = {}, pd.DataFrame(columns=[*CELL, "runs"])
+    there = any(output_dir.glob("inside_*.csv"))
+    written = check_together(output_dir, "aggregate") | (check_together(output_dir, "analyse") if there else set())
     for kind in (*KINDS, "summary"):
-        if (path := output_dir / f"inside_{kind}.csv").exists():
-            frames[kind] = read_csv(path).merge(runs[[*CELL, "run"]], on="run")
-    if (output_dir / "curves.csv").exists():
+        if (name := f"inside_{kind}.csv") in written:
+            frames[kind] = read_csv(output_dir / name).merge(runs[[*CELL, "run"]], on="run")
+    if "curves.csv" in written:
         frames["curves"], recovery = (read_csv(output_dir / f"{name}.csv") for name in ("curves", "recovery"))
     if "summary" in frames:
         by_cell = frames.pop("summary").groupby(CELL)

@@ -39,7 +39,7 @@ from threadpoolctl import threadpool_limits
 
 import run_dir
 from aggregate import read_csv
-from common import InputError, atomic_write, fail, fraction, make_parser, one_line, run_script
+from common import InputError, atomic_write, check_together, fail, fraction, make_parser, one_line, run_script
 from paper import dataset_title, model_name, model_title
 from tables import groups
 
@@ -244,12 +244,9 @@ def choose_runs(output_dir: Path, choice: dict[str, object]) -> dict[tuple[str, 
     `choice` may hold the model, data set and part of the layers (`frac`) to keep to. The mildest degree comes first,
     then the lowest seed; of several variants the one with the best F1 in panel (b). Raises InputError if none has them.
     """
+    check_together(output_dir, "aggregate")
     results = output_dir / "results.csv"
-    if not results.is_file():
-        raise InputError(f"{results} is not there: run python aggregate.py --output_dir {output_dir} first")
     runs = read_csv(results)
-    if not {"method", "parts", "order"} <= set(runs):
-        raise InputError(f"{results} is of an older version: run python aggregate.py --output_dir {output_dir} again")
     runs = runs.query("pooling == 'cls' and tuning == 'full' and method == 'reinit' and parts == 'all'")
     runs = runs[runs["order"] == "before"]
     runs = runs[[(output_dir / "runs" / run / "vectors.npy").is_file() for run in runs["run"]]]

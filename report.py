@@ -29,7 +29,7 @@ import plots
 import run_dir
 import stats
 from aggregate import missing_lines, other_settings, read_csv, read_failures
-from common import InputError, atomic_write, fail, make_parser, one_line, run_script, sha256_of
+from common import InputError, atomic_write, check_together, fail, make_parser, one_line, run_script, sha256_of
 from config import exact
 from paper import CLAIMS, TABLES, dataset_title, model_title, published_cells
 from tables import OF_DATA, as_text, count_missing, format_cells, groups, paper_table
@@ -57,17 +57,18 @@ class ResultSet(NamedTuple):
 
 
 def read(output_dir: Path) -> ResultSet:
-    """Raises InputError if the CSVs are not there or are older than the runs."""
+    """Raises InputError if the CSVs are not there, are not what was written, or are older than the runs."""
     again = f"run python aggregate.py --output_dir {output_dir} first"
     if not (output_dir / "runs").is_dir():
         raise InputError(f"{output_dir} holds no runs: give the output folder of grid.py or train.py")
+    written = check_together(output_dir, "aggregate")
     try:
         names = ("results", "cells", "comparisons", "claims")
         runs, cells, comparisons, claims = (read_csv(output_dir / f"{name}.csv") for name in names)
-        lab.lab_cells(cells)  # raises KeyError if they are of an older version
-        beyond = read_csv(output_dir / "lab.csv") if (output_dir / "lab.csv").exists() else pd.DataFrame()
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the tables are not there ({one_line(error)}): {again}") from error
+        lab.lab_cells(cells)
+        beyond = read_csv(output_dir / "lab.csv") if "lab.csv" in written else pd.DataFrame()
+    except KeyError as error:
+        raise InputError(f"the tables are of an older version ({one_line(error)}): {again}") from error
     results, epochs = {}, {}
     for run, f1 in zip(runs["run"], runs["f1"], strict=True):
         folder = output_dir / "runs" / run
@@ -250,6 +251,7 @@ def settings_apart(both: tuple[ResultSet, ResultSet]) -> dict[str, tuple[list[st
 def write(output_dir: Path, compare_to: Path | None) -> Path:
     """Write the page and its figures; returns the page's path. Raises InputError, OSError."""
     ours = read(output_dir)
+    within = inside.read(output_dir, ours.runs)
     in_tables = ours.cells.dropna(subset="table")
     if in_tables.empty:
         raise InputError(
@@ -275,7 +277,6 @@ def write(output_dir: Path, compare_to: Path | None) -> Path:
         judged, how="left", on=["table", "claim"], suffixes=("", "_reference")
     )
     rows, beyond = forest_rows(ours), lab.lab_cells(ours.cells)
-    within = inside.read(output_dir, ours.runs)
     shares = recovered_share(both)
     style = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), **style)

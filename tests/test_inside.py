@@ -419,7 +419,8 @@ def test_runs_by_name(healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 # A corrupted run whose uncorrupted one kept no weights waits for it: it is not read alone, and no weights go. Killed
-# while the weights go, it goes on. A run that is done again, to keep more of it, keeps what was found.
+# while the weights go, it goes on. What was found and cannot be read is told. A run that is done again, to keep more of
+# it, keeps what was found.
 def test_a_run_without_its_partner(
     healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -447,6 +448,17 @@ def test_a_run_without_its_partner(
     assert ended.value.code == 130 and (cut / "inside" / "similarity.csv").exists()
     run_analyse(monkeypatch, "--output_dir", outputs)
     assert not list(outputs.glob("runs/*/states")) and not list((outputs / "unfinished").iterdir())
+    summary = cut / "inside" / "summary.csv"
+    whole = summary.read_bytes()
+    capsys.readouterr()
+    for damaged in (b"", b'run,x\n"abc', whole[:20], whole.replace(b"seed0", b"seed1")):
+        summary.write_bytes(damaged)
+        with pytest.raises(SystemExit) as ended:
+            run_analyse(monkeypatch, "--output_dir", outputs)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and f"{summary} cannot be read, delete {cut}, and do the run again" in error
+        assert error.count("\n") == 1
+    summary.write_bytes(whole)
     found = (cut / "inside" / "similarity.csv").read_bytes()
     command = shlex.split(json.loads((cut / "result.json").read_text())["command"])[3:]
     assert not train.run_or_reuse(run_of([*command, "--output_dir", str(outputs), "--save_vectors"]))[1]

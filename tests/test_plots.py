@@ -15,6 +15,7 @@ from matplotlib.markers import MarkerStyle
 from test_aggregate import cut_off, sign, write_result
 from threadpoolctl import threadpool_limits
 
+import common
 import plots
 
 # The paper's panels: how many of the first class's 20 rows lie where the second class's 20 do, and the F1 in percent.
@@ -55,7 +56,9 @@ def add_run(output_dir: Path, side: str, percent: float, strays: int = 0, f1: fl
     sign(folder)
     results = output_dir / "results.csv"
     row["run"] = folder.name
-    pd.DataFrame([row]).to_csv(results, mode="a", header=not results.exists(), index=False)
+    text = results.read_text() if results.exists() else ""
+    text += pd.DataFrame([row]).to_csv(header=not text, index=False)
+    common.write_together(output_dir, "aggregate", {"results.csv": text})
     return folder
 
 
@@ -151,7 +154,7 @@ def test_panels_in_the_papers_order_with_their_numbers(tmp_path: Path, monkeypat
     add_run(tmp_path, "none", 0, 1, f1=99.0, tuning="probe")
     add_run(tmp_path, "none", 0, 1, f1=99.0, dataset="imdb")
     call(monkeypatch, tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("*")) == [*FILES, "results.csv", "runs"]
+    assert sorted(path.name for path in tmp_path.glob("*")) == ["aggregate.sha256", *FILES, "results.csv", "runs"]
 
     numbers = pd.read_csv(tmp_path / FILES[3])
     assert list(zip(numbers["side"], numbers["percent"], strict=True)) == list(PANELS)
@@ -198,7 +201,8 @@ def test_a_figure_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert plots.write_figure_1(tmp_path, {}, again=False) == {}
 
     runs = pd.read_csv(results)
-    runs.assign(f1=runs["f1"].replace(80.0, 81.0)).to_csv(results, index=False)
+    runs = runs.assign(f1=runs["f1"].replace(80.0, 81.0))
+    common.write_together(tmp_path, "aggregate", {"results.csv": runs.to_csv(index=False)})
     assert plots.write_figure_1(tmp_path, {}, again=False)[stem]["f1"].tolist() == [94, 93, 92, 81]
     os.utime(numbers, (newer, newer))
     add_run(tmp_path, "all", 100, f1=82.0, learning_rate=2e-5)
@@ -307,6 +311,7 @@ def test_a_collapsed_model_is_one_dot() -> None:
 # What is wrong with the run of 25 % top, or with the flags, and what the one line on stderr must say.
 BAD = {
     "no results": (lambda top: (top.parents[1] / "results.csv").unlink(), [], "run python aggregate.py --output_dir"),
+    "cut results": (lambda top: cut_off(top.parents[1] / "results.csv"), [], "run python aggregate.py --output_dir"),
     "no vectors": (
         lambda top: [p.unlink() for p in top.parent.glob("*/vectors.npy")],
         [],
@@ -336,7 +341,7 @@ def test_bad_input_is_one_line(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     spoil, flags, expected = BAD[wrong]
-    if not flags and wrong not in ("no results", "no vectors", "three panels"):
+    if not flags and wrong not in ("no results", "cut results", "no vectors", "three panels"):
         add_four(tmp_path, dataset="a_good_one")  # it would be drawn first if not all were checked before
     spoil(add_four(tmp_path)[1])
     before = sorted(tmp_path.rglob("*"))

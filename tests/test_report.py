@@ -23,6 +23,7 @@ from test_lab_tables import write_lab
 from test_plots import add_four
 
 import aggregate
+import common
 import config
 import grid
 import paper
@@ -97,8 +98,8 @@ def beyond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             }
         ],
     }
-    for kind, rows in found.items():
-        pd.DataFrame(rows).assign(**pair).to_csv(folder / f"inside_{kind}.csv", index=False)
+    frames = {f"inside_{kind}.csv": pd.DataFrame(rows).assign(**pair) for kind, rows in found.items()}
+    common.write_together(folder, "analyse", {name: frame.to_csv(index=False) for name, frame in frames.items()})
     report.write(folder, None)
     return folder
 
@@ -447,18 +448,24 @@ def test_figure_1_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
 
 
 # A page never shows a table that the runs no longer agree with.
-@pytest.mark.parametrize("change", ["no tables", "other F1", "other epochs", "gone"])
+@pytest.mark.parametrize("change", ["no tables", "cut", "edited", "of analyse.py", "other F1", "other epochs", "gone"])
 def test_tables_older_than_the_runs_are_refused(
     change: str, one_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "outputs"
-    for path in [*one_run.glob("*.csv"), *one_run.glob("runs/*/*")]:
+    for path in [*one_run.glob("*.csv"), *one_run.glob("*.sha256"), *one_run.glob("runs/*/*")]:
         copy = folder / path.relative_to(one_run)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
     (result,) = folder.glob("runs/*/result.json")
     if change == "no tables":
         (folder / "cells.csv").unlink()
+    elif change == "cut":
+        (folder / "comparisons.csv").write_bytes((folder / "comparisons.csv").read_bytes()[:200])
+    elif change == "edited":
+        (folder / "cells.csv").write_text((folder / "cells.csv").read_text().replace("9", "8"))
+    elif change == "of analyse.py":
+        (folder / "inside_summary.csv").write_text("garbage")
     elif change == "gone":
         result.unlink()
     elif change == "other epochs":
@@ -468,5 +475,6 @@ def test_tables_older_than_the_runs_are_refused(
     with pytest.raises(SystemExit) as ended:
         run_script(report, monkeypatch, "--output_dir", folder)
     message = capsys.readouterr().err
-    assert ended.value.code == 2 and "run python aggregate.py" in message and message.count("\n") == 1
+    script = "analyse" if change == "of analyse.py" else "aggregate"
+    assert ended.value.code == 2 and f"run python {script}.py --output_dir" in message and message.count("\n") == 1
     assert not (folder / "report.html").exists() and not (folder / "figures").exists()
