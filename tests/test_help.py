@@ -57,6 +57,7 @@ class Key:
         if name == "torch":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Key)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
 sys.argv = ["{script}"]
 runpy.run_path("{script}", run_name="__main__")
 """
