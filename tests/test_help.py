@@ -58,7 +58,7 @@ class Key:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Key)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
-sys.argv = ["{script}"]
+sys.argv = ["{script}", "--model", "no-such/model"]
 runpy.run_path("{script}", run_name="__main__")
 """
     root = Path(train.__file__).parent
