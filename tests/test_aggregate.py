@@ -756,7 +756,7 @@ def test_files_and_an_empty_folder(
     for name in ("Table 1", "Table 4"):
         assert f"{name}: weighted F1 in percent" in out
     kinds = {f"{name}.csv" for name in ("results", "cells", "comparison", "comparisons", "claims", "floors", "table2")}
-    tables = {f"table{number}.{kind}" for number in (1, 4) for kind in ("csv", "md", "tex")}
+    tables = {f"table{number}.{kind}" for number in (1, 4) for kind in ("csv", "md", "tex")} | {"aggregate.sha256"}
     assert {path.name for path in tmp_path.iterdir()} == {"runs"} | kinds | tables
     assert all(name in out.splitlines()[-1] for name in kinds | tables)
     assert pd.read_csv(tmp_path / "results.csv")["f1"].tolist() == pytest.approx([91.72, 77, 91.72])
@@ -808,14 +808,14 @@ def test_all_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert run_main(tmp_path, monkeypatch) == 0
     before = {path: path.read_text() for path in tmp_path.glob("*.*")}
     write_result(tmp_path, BASE, "none", 0, "imdb", 80)
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
-    def full(path: Path, text: str, **options: str) -> int:
+    def full(path: Path, content: bytes) -> int:
         if path.name.endswith("table1.tex"):
             raise OSError(28, "No space left on device")
-        return write_text(path, text, **options)
+        return write_bytes(path, content)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert run_main(tmp_path, monkeypatch) == 2
     assert "No space left" in capsys.readouterr().err
     assert {path: path.read_text() for path in tmp_path.glob("*.*")} == before
