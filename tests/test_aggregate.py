@@ -756,8 +756,8 @@ def test_files_and_an_empty_folder(
     for name in ("Table 1", "Table 4"):
         assert f"{name}: weighted F1 in percent" in out
     kinds = {f"{name}.csv" for name in ("results", "cells", "comparison", "comparisons", "claims", "floors", "table2")}
-    tables = {f"table{number}.{kind}" for number in (1, 4) for kind in ("csv", "md", "tex")} | {"aggregate.sha256"}
-    assert {path.name for path in tmp_path.iterdir()} == {"runs"} | kinds | tables
+    tables = {f"table{number}.{kind}" for number in (1, 4) for kind in ("csv", "md", "tex")}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "aggregate.sha256"} | kinds | tables
     assert all(name in out.splitlines()[-1] for name in kinds | tables)
     assert pd.read_csv(tmp_path / "results.csv")["f1"].tolist() == pytest.approx([91.72, 77, 91.72])
     assert pd.read_csv(tmp_path / "table4.csv")["DBPedia top"].tolist() == [77]
