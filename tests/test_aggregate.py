@@ -771,7 +771,7 @@ def test_files_and_an_empty_folder(
     for path in probe.iterdir():
         path.unlink()
     assert run_main(tmp_path, monkeypatch) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"runs"} | kinds | {name for name in tables if "1" in name}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "aggregate.sha256"} | kinds | {name for name in tables if "1" in name}
     write_result(tmp_path, BASE, "none", 0, "dbpedia", 77, tuning="probe", pooling="mean")
     assert run_main(tmp_path, monkeypatch) == 0
     assert "1 cells are of a pooling, tuning or corruption that no table has" in capsys.readouterr().err
